@@ -1,0 +1,221 @@
+"""The recipe: every choice of a run, complete and reproducible, from YAML or flags.
+
+A recipe that `sparsify` writes beside its result holds every value, so that `--recipe DIR/recipe.yaml` repeats the run.
+Unknown keys are refused and the nearest known one is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from padst_cli.errors import PadstError, nearest
+
+StructureName = Literal["diag", "nm", "block", "unstructured"]
+PermutationKind = Literal["learned", "assignment", "random", "none"]
+Side = Literal["auto", "input", "output", "both"]
+DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PermutationRecipe(_Strict):
+    """How each layer's permutation is found, and the schedule of the soft learner.
+
+    Shares are fractions of all training steps. `mixing` is how much of the soft matrix starts spread evenly over its
+    row; `delta` is the normalised penalty under which a layer hardens (0.22, after PA-DST); `penalty_weight` is the
+    lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline` share, when whatever is still soft is
+    hardened. No layer hardens before the `earliest` share, so that every permutation has had its chance to move.
+    """
+
+    kind: PermutationKind = "learned"
+    learner: Literal["soft"] = "soft"
+    side: Side = "auto"
+    mixing: float = Field(default=0.3, ge=0.0, lt=1.0)
+    delta: float = Field(default=0.22, gt=0.0, lt=1.0)
+    penalty_weight: float = Field(default=0.2, ge=0.0)
+    learning_rate: float = Field(default=0.05, gt=0.0)
+    earliest: float = Field(default=0.05, ge=0.0, le=1.0)
+    deadline: float = Field(default=0.3, gt=0.0, le=1.0)
+    assignment_rounds: int = Field(default=8, ge=1)
+
+
+class SupportRecipe(_Strict):
+    """Dynamic sparse training: which units are dropped and grown, how many, how often and until when.
+
+    `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
+    the run.
+    """
+
+    method: DstMethod = "rigl"
+    every: int = Field(default=25, ge=1)
+    fraction: float = Field(default=0.2, ge=0.0, le=1.0)
+    until: float = Field(default=0.75, ge=0.0, le=1.0)
+    mest_gamma: float = Field(default=1.0, ge=0.0)
+    dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
+
+
+class TrainingRecipe(_Strict):
+    """The fine-tuning phase. `batch_size` is the global batch of one optimizer step, over all processes.
+
+    `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
+    dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
+    only.
+    """
+
+    steps: int = Field(default=1000, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    max_seq_length: int = Field(default=256, ge=2)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    warmup: float = Field(default=0.05, ge=0.0, le=1.0)
+    clip_norm: float = Field(default=1.0, gt=0.0)
+    distill: bool = True
+    distill_weight: float = Field(default=0.5, ge=0.0, le=1.0)
+    distill_temperature: float = Field(default=1.0, gt=0.0)
+    log_every: int = Field(default=10, ge=1)
+    eval_every: int = Field(default=0, ge=0)
+    save_every: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class CalibrationRecipe(_Strict):
+    """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted."""
+
+    samples: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    refit: bool = True
+    damping: float = Field(default=0.01, gt=0.0)
+
+
+class Recipe(_Strict):
+    """One whole run of `padst sparsify`."""
+
+    model: str | None = None
+    structure: StructureName = "diag"
+    sparsity: float = 0.9
+    data: str | None = None
+    eval_data: str | None = None
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    block_size: Literal[16, 32, 64] = 16
+    block_rows: Literal["even", "free"] = "even"
+    nm: str | None = None
+    band: int = Field(default=1, ge=1)
+    allocation: str = "uniform"
+    dense_control: bool = False
+    eval_samples: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    permutation: PermutationRecipe = PermutationRecipe()
+    support: SupportRecipe = SupportRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+
+    @field_validator("sparsity")
+    @classmethod
+    def _open_interval(cls, value: float) -> float:
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"sparsity must lie between 0 and 1, both excluded, not {value}")
+        return value
+
+    @field_validator("nm")
+    @classmethod
+    def _nm_form(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_nm(value)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.support.method == "dynadiag" and self.structure != "diag":
+            raise ValueError("dst method 'dynadiag' learns scores of diagonals and needs structure 'diag'")
+        return self
+
+    def updated(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, e.g. `{"training.steps": 10}`; raises `PadstError` as `from_dict` does."""
+        raw = self.model_dump()
+        for key, value in changes.items():
+            target = raw
+            *parents, leaf = key.split(".")
+            for parent in parents:
+                target = target[parent]
+            target[leaf] = value
+        return Recipe.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise PadstError(_explain(error, source)) from None
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML that `load_recipe` reads back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_nm(text: str) -> tuple[int, int]:
+    """`"2:4"` -> (2, 4); raises ValueError for anything but 1 <= N < M <= 32."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"'{text}' is not of the form N:M, for example 2:4")
+    n, m = int(parts[0]), int(parts[1])
+    if not 1 <= n < m <= 32:
+        raise ValueError(f"N:M needs 1 <= N < M <= 32, not {text}")
+    return n, m
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with padst."""
+    folder = resources.files("padst_cli.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe file, or one that comes with padst by name; raises `PadstError` for bad YAML or bad keys."""
+    path = Path(name_or_path)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif name_or_path in recipe_names():
+        text = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        raise PadstError(
+            f"no recipe file '{name_or_path}' and none that comes with padst by that name"
+            f"{nearest(name_or_path, recipe_names())}; the names are {', '.join(recipe_names())}"
+        )
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise PadstError(f"recipe '{name_or_path}' is not a mapping of keys to values")
+    return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in location[:-1]:
+            model = model.model_fields[part].annotation
+        known = list(model.model_fields)
+        return f"{source}: unknown key '{key}'{nearest(location[-1], known)}; known here are {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {message}" if key else f"{source}: {message}"

@@ -1,0 +1,131 @@
+"""Recipes: strict keys, honest ranges, an exact round trip, and the ones that come with padst."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from padst_cli.errors import PadstError
+from padst_cli.recipe import Recipe, load_recipe, parse_nm, recipe_names
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def test_all_shipped_recipes_are_listed() -> None:
+    assert recipe_names() == SHIPPED
+    families = {"gpt2-diag90", "gpt2-block90", "gpt2-nm90", "llama-diag80", "vit-block80", "bert-block90", "quickstart"}
+    assert families <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_loads_and_round_trips(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe == load_recipe(str(RECIPES / f"{name}.yaml"))
+    assert name.partition("-")[2] in ("", f"{recipe.structure}{round(100 * recipe.sparsity)}")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_says_why(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    lines = text.splitlines()
+    assert sum("#" in line for line in lines) * 3 >= len(lines), "comments say why"
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_lets_permutations_move(name: str) -> None:
+    # A row of the start's soft matrix has the normalised penalty of its mixing, about: under delta it hardens unmoved.
+    permutation = load_recipe(name).permutation
+    assert permutation.kind != "learned" or permutation.mixing > permutation.delta
+
+
+def test_defaults_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(Recipe().to_yaml(), encoding="utf-8")
+    assert load_recipe(str(path)) == Recipe()
+    assert list(yaml.safe_load(path.read_text())) == list(Recipe.model_fields), "a written recipe holds every key"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"sparsty": 0.5}, ["unknown key 'sparsty'", "did you mean 'sparsity'?"]),
+        ({"training": {"step": 5}}, ["unknown key 'training.step'", "did you mean 'steps'?"]),
+        ({"permutation": {"dleta": 0.1}}, ["'permutation.dleta'", "'delta'"]),
+        ({"zzz": 1}, ["unknown key 'zzz'", "known here are", "structure"]),
+        ({"sparsity": 0}, ["between 0 and 1"]),
+        ({"sparsity": 1.0}, ["between 0 and 1"]),
+        ({"sparsity": "much"}, ["sparsity"]),
+        ({"structure": "diagonal"}, ["structure", "diag"]),
+        ({"block_size": 8}, ["block_size", "16"]),
+        ({"band": 0}, ["band"]),
+        ({"nm": "4:2"}, ["1 <= N < M"]),
+        ({"nm": "two:four"}, ["2:4"]),
+        ({"training": {"steps": -1}}, ["training.steps"]),
+        ({"training": {"batch_size": 6, "accumulation": 4}}, ["not a multiple of accumulation 4"]),
+        ({"training": {"learning_rate": 0}}, ["training.learning_rate"]),
+        ({"permutation": {"delta": 1.0}}, ["permutation.delta"]),
+        ({"support": {"fraction": 1.5}}, ["support.fraction"]),
+        ({"support": {"method": "dynadiag"}, "structure": "block"}, ["dynadiag", "diag"]),
+        ({"training": 5}, ["training"]),
+    ],
+)
+def test_bad_values_name_the_key(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(PadstError) as caught:
+        Recipe.from_dict(raw, source="recipe 'mine.yaml'")
+    sentence = str(caught.value)
+    assert sentence.startswith("recipe 'mine.yaml': ")
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize(("text", "found"), [("2:4", (2, 4)), ("1:32", (1, 32)), ("8:16", (8, 16))])
+def test_nm_is_parsed(text: str, found: tuple[int, int]) -> None:
+    assert parse_nm(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "2", "2:4:8", "4:4", "0:4", "-1:4", "1:33", "2.0:4", "a:b", ":4"])
+def test_bad_nm_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"N:M|N < M"):
+        parse_nm(text)
+
+
+def test_updated_changes_dotted_keys_only() -> None:
+    recipe = Recipe()
+    changed = recipe.updated({"training.steps": 7, "sparsity": 0.5, "targets": ("q_proj",)})
+    assert (changed.training.steps, changed.sparsity, changed.targets) == (7, 0.5, ("q_proj",))
+    assert recipe == Recipe(), "a recipe never changes in place"
+    assert changed.updated({"training.steps": 1000, "sparsity": 0.9, "targets": ()}) == recipe
+
+
+def test_updated_checks_what_it_is_given() -> None:
+    with pytest.raises(PadstError, match=r"training\.step.*did you mean 'steps'"):
+        Recipe().updated({"training.step": 7})
+    with pytest.raises(PadstError, match="between 0 and 1"):
+        Recipe().updated({"sparsity": 2})
+
+
+def test_unknown_name_lists_the_recipes() -> None:
+    with pytest.raises(PadstError, match="did you mean 'gpt2-diag90'") as caught:
+        load_recipe("gpt2-diag9")
+    assert "llama-diag80" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("structure: [diag", "not valid YAML"), ("- diag\n- nm\n", "not a mapping"), ("", "not a mapping")],
+)
+def test_broken_files_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PadstError, match=words) as caught:
+        load_recipe(str(path))
+    assert "broken.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
