@@ -1,0 +1,167 @@
+"""Search for the permutation under which a structure keeps the most of a saliency score.
+
+Two steps alternate, each the exact optimum of its half: the best support for the permutation (`structure.project`, a
+top-k), and the best permutation for the support (a linear assignment, solved by scipy). Structures that choose N of
+every M inputs stop at once under that alternation, because their support was picked greedily for the present order;
+for them one column is lifted out of every group and the lifted columns are reassigned to the groups where they gain
+the most, which is again an exact assignment (after gyro-permutation, Yu et al. 2024, arXiv 2407.20496, with the gain
+computed in closed form).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from padst_cli.permutation.apply import identity, invert, to_structure
+
+EXACT_LIMIT = 4096
+"""Longest side that is assigned as a whole; the time of the exact solution grows with its cube."""
+GROUP_SIZE = 2048
+"""Above `EXACT_LIMIT`, slots are shuffled in each round and assigned within groups of this many."""
+_STAY = 1e-9
+_ENOUGH = 1e-7
+
+
+class Supporting(Protocol):
+    """What the search asks of a structure."""
+
+    @property
+    def name(self) -> str:
+        """The structure's registered name."""
+
+    def project(self, score: Tensor) -> Tensor:
+        """The feasible support, bool `[out, in]`, that keeps the most of a nonnegative score `[out, in]`."""
+
+
+@runtime_checkable
+class PicksFromGroups(Protocol):
+    """A structure that keeps `n` of every `m` consecutive inputs of a row."""
+
+    n: int
+    m: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best order found: permutations (None on a side not asked for), the support of S, the kept share, rounds."""
+
+    perm_in: Tensor | None
+    perm_out: Tensor | None
+    mask: Tensor
+    kept: float
+    rounds: int
+
+
+def kept_share(score: Tensor, mask: Tensor) -> float:
+    """The share of a score `[out, in]` that a mask over the same entries covers; 1 for a score of zeros."""
+    total = float(score.sum(dtype=torch.float64))
+    return float(score[mask].sum(dtype=torch.float64)) / total if total > 0 else 1.0
+
+
+def search(score: Tensor, structure: Supporting, sides: Sequence[str], rounds: int = 8, seed: int = 0) -> SearchResult:
+    """Find permutations of `sides` ("input", "output") and the support that keep the most of `score` `[out, in]`.
+
+    Starts from the identity and returns the best order met, so `kept` is never below the identity's. `score` is
+    nonnegative and in coordinates of W. Deterministic for a seed, which only matters above `EXACT_LIMIT` and for N:M.
+    """
+    score = score.detach().float()
+    best_in = identity(score.shape[1], score.device) if "input" in sides else None
+    best_out = identity(score.shape[0], score.device) if "output" in sides else None
+    best_mask = structure.project(score)
+    best = kept_share(score, best_mask)
+    generator = torch.Generator().manual_seed(seed)
+    perm_in, perm_out, mask, done = best_in, best_out, best_mask, 0
+    while done < rounds and sides:
+        done += 1
+        perm_in, perm_out = _reorder(score, structure, perm_in, perm_out, mask, generator)
+        ordered = to_structure(score, perm_in, perm_out)
+        mask = structure.project(ordered)
+        kept = kept_share(ordered, mask)
+        if kept <= best + _ENOUGH:
+            break
+        best, best_in, best_out, best_mask = kept, perm_in, perm_out, mask
+    return SearchResult(best_in, best_out, best_mask, best, done)
+
+
+def _reorder(
+    score: Tensor,
+    structure: Supporting,
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
+    mask: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One round: new permutations of the sides that have one, the second side for the support of the first's."""
+    if perm_in is not None:
+        rows = to_structure(score, None, perm_out)
+        if isinstance(structure, PicksFromGroups):
+            perm_in = exchange_between_groups(rows, perm_in, structure.n, structure.m, generator)
+        else:
+            perm_in = _assign(mask.float().T @ rows, perm_in, generator)
+        if perm_out is not None:
+            mask = structure.project(to_structure(score, perm_in, perm_out))
+    if perm_out is not None:
+        columns = to_structure(score, perm_in, None)
+        slots = _assign(mask.float() @ columns.T, invert(perm_out), generator)
+        perm_out = invert(slots)
+    return perm_in, perm_out
+
+
+def _assign(gain: Tensor, current: Tensor, generator: torch.Generator) -> Tensor:
+    """The assignment of items to slots, int32 `[d]`, with the largest summed `gain` `[slot, item]`.
+
+    Among equals (the slots of one block are alike) an item stays where `current` has it: moves then mean something.
+    """
+    size = gain.shape[0]
+    table = gain.double().cpu().numpy()
+    slots = torch.arange(size)
+    where = current.long().cpu()
+    table[slots.numpy(), where.numpy()] += _STAY * float(abs(table).max() if size else 0.0)
+    groups = [slots] if size <= EXACT_LIMIT else torch.randperm(size, generator=generator).split(GROUP_SIZE)
+    result = where.clone()
+    for group in groups:
+        items = where[group]
+        _, chosen = linear_sum_assignment(table[group.numpy()[:, None], items.numpy()[None, :]], maximize=True)
+        result[group] = items[torch.from_numpy(chosen)]
+    return result.to(torch.int32).to(current.device)
+
+
+def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, generator: torch.Generator) -> Tensor:
+    """One sweep of column exchanges for N:M: every seat of the groups is lifted and reassigned once, in random order.
+
+    `score` `[out, in]` has its columns in coordinates of W. In each of up to M moves one column of every group is
+    lifted; a lifted column c brings group g the gain `sum over rows of relu(score[c] - theta[g])`, where theta is the
+    N-th largest score of the group's other columns. The summed kept score never falls.
+    """
+    size = score.shape[1]
+    groups = math.ceil(size / m)
+    perm = perm_in.long().clone()
+    widths = torch.full((groups,), m)
+    widths[-1] = size - (groups - 1) * m
+    seats = [torch.randperm(int(width), generator=generator) for width in widths]
+    for move in range(m):
+        taking = [group for group in range(groups) if move < widths[group]]
+        slots = torch.tensor([group * m + int(seats[group][move]) for group in taking])
+        gain = _seat_gains(score[:, perm], slots, torch.tensor(taking), n, m)
+        table = gain.double().cpu().numpy()
+        table[range(len(taking)), range(len(taking))] += _STAY * float(abs(table).max())
+        _, chosen = linear_sum_assignment(table, maximize=True)
+        perm[slots] = perm[slots[torch.from_numpy(chosen)]]
+    return perm.to(torch.int32)
+
+
+def _seat_gains(ordered: Tensor, slots: Tensor, groups: Tensor, n: int, m: int) -> Tensor:
+    """Gain `[group, column]` of seating each lifted column in each group; `ordered` `[out, in]` in slot order."""
+    lifted = ordered[:, slots]
+    rest = torch.nn.functional.pad(ordered, (0, -ordered.shape[1] % m))
+    rest[:, slots] = 0.0
+    theta = rest.view(ordered.shape[0], -1, m)[:, groups].topk(n, dim=2).values[:, :, -1]
+    rows = [(lifted - theta[:, index, None]).clamp_min_(0.0).sum(0) for index in range(len(groups))]
+    return torch.stack(rows)
