@@ -1,0 +1,335 @@
+"""Opening a model by hub id or folder: its config, task and class; dense weights; tokenizer or image processor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from padst_cli.checkpoint.format import QUANT_METHOD, PadstFormat
+from padst_cli.errors import PadstError
+
+Task = Literal["causal-lm", "masked-lm", "image-classification", "encoder"]
+Modality = Literal["text", "image"]
+
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+_WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found: where it lies, what it is for, and padst's header where padst wrote it."""
+
+    name: str
+    folder: Path
+    config: Any
+    task: Task
+    modality: Modality
+    architecture: str
+    padst: PadstFormat | None
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that the checkpoint names as its architecture."""
+        import transformers
+
+        return getattr(transformers, self.architecture)
+
+
+def open_source(model: str, *, weights: bool = True, revision: str | None = None) -> Source:
+    """Find a model by local folder or hub id and say what it is; `weights=False` fetches the small files only.
+
+    Raises `PadstError` for what is missing, unreachable, not a transformers model, pickle-only, already quantized by
+    something else, or of a kind that padst does not handle (encoder-decoder, audio).
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        folder = path
+    elif path.exists():
+        raise PadstError(f"'{model}' is a file; give the folder that holds config.json, or a hub id")
+    else:
+        folder = _fetch(model, weights=weights, revision=revision)
+    config = _read_config(model, folder)
+    if weights:
+        weight_files(folder, model)
+    architecture = _architecture(model, config)
+    task = _task(architecture)
+    return Source(
+        name=model,
+        folder=folder,
+        config=config,
+        task=task,
+        modality=_modality(model, config, architecture),
+        architecture=architecture,
+        padst=_padst_format(model, config),
+    )
+
+
+def skeleton(source: Source) -> nn.Module:
+    """The dense model of the source's architecture on the meta device, in evaluation mode; no weights are read."""
+    with torch.device("meta"):
+        model: nn.Module = source.model_class(plain_config(source))
+    return model.eval()
+
+
+def load_dense(source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """The dense model with its weights, in evaluation mode.
+
+    Raises `PadstError` where padst wrote the folder, a tensor is missing or of the wrong shape, a file is damaged, or a
+    weight is NaN or infinite (the tensor is named).
+    """
+    if source.padst is not None:
+        raise PadstError(f"'{source.name}' was already made sparse by padst; give the dense model it was made from")
+    model, info = from_pretrained(source, dtype=dtype)
+    if info["missing_keys"]:
+        raise PadstError(
+            f"'{source.name}' lacks the weights {_some(info['missing_keys'])}; the checkpoint is not whole"
+        )
+    check_finite(model, source.name)
+    return model.to(device).eval()
+
+
+def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:
+    """The source through transformers' own loading on the CPU, with its loading info; `PadstError` for what it
+    raises.
+    """
+    from safetensors import SafetensorError
+
+    with quiet_transformers():
+        try:
+            return source.model_class.from_pretrained(
+                source.folder,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise PadstError(f"'{source.name}' has a damaged safetensors file ({error}); fetch it again") from error
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise PadstError(f"'{source.name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise `PadstError` that names the first parameter or buffer of `model` with a NaN or infinite entry."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for key, tensor in tensors:
+        # Masks kept as buffers may hold -inf on purpose; NaN is wrong anywhere.
+        bad = ~torch.isfinite(tensor) if isinstance(tensor, nn.Parameter) else torch.isnan(tensor)
+        if bool(bad.any()):
+            raise PadstError(
+                f"'{name}' has {int(bad.sum())} NaN or infinite values in '{key}'; the checkpoint is damaged"
+            )
+
+
+def load_processor(source: Source) -> Any | None:
+    """The tokenizer (text) or image processor (image) saved with the model, None where the folder holds none."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if source.modality == "image":
+        loader, present = AutoImageProcessor, (source.folder / "preprocessor_config.json").is_file()
+    else:
+        loader, present = AutoTokenizer, any((source.folder / file).is_file() for file in _TOKENIZER_FILES)
+    if not present:
+        return None
+    kind = "image processor" if source.modality == "image" else "tokenizer"
+    with quiet_transformers():
+        try:
+            return loader.from_pretrained(source.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise PadstError(f"the {kind} of '{source.name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def plain_config(source: Source) -> Any:
+    """A copy of the config without padst's header: the config of the dense model."""
+    import copy
+
+    config = copy.deepcopy(source.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a checkpoint, sorted; raises `PadstError` where there is none, a shard is absent, or
+    only pickle files are there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shards(index, name)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
+        raise PadstError(
+            f"'{name}' holds its weights as pickle files only, which can run code when opened; "
+            "padst reads safetensors: save the model again with a current transformers"
+        )
+    raise PadstError(f"'{name}' has no weights: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def _shards(index: Path, name: str) -> list[Path]:
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PadstError(f"'{name}': {index.name} is damaged ({_first_line(error)})") from None
+    absent = [file for file in files if not (index.parent / file).is_file()]
+    if absent or not files:
+        raise PadstError(
+            f"'{name}' lacks the shard {_some(absent)} that {index.name} lists; the checkpoint is not whole"
+        )
+    return [index.parent / file for file in files]
+
+
+def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(model):
+        raise PadstError(f"no folder '{model}', and it is not the form of a hub id (NAME or ORG/NAME)")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else [])]
+    ignore = ["*/*", *([] if weights else ["model.safetensors.index.json"])]
+    where = f"'{model}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=ignore
+        )
+    except errors.GatedRepoError as error:
+        raise PadstError(f"{where} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise PadstError(f"'{model}' has no revision '{revision}' on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise PadstError(
+            f"no folder '{model}' and no such model on the hub (for a private one log in with `hf auth login`)"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise PadstError(
+            f"no folder '{model}', and the hub cannot be reached to fetch {where}; check the spelling or the connection"
+        ) from error
+    return Path(folder)
+
+
+def _read_config(model: str, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise PadstError(f"'{model}' is not a transformers model: it has no config.json")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PadstError(f"'{model}': config.json is not valid JSON ({_first_line(error)})") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise PadstError(f"'{model}': config.json names no model_type, so it is not a transformers model")
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PadstError(
+                f"'{model}': transformers cannot read its config of type '{raw['model_type']}' ({_first_line(error)})"
+            ) from error
+
+
+def _architecture(model: str, config: Any) -> str:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise PadstError(f"'{model}': config.json names no architecture; save the model again with save_pretrained")
+    if not hasattr(transformers, names[0]):
+        raise PadstError(
+            f"'{model}' is a {names[0]}, which this version of transformers ({transformers.__version__}) does not have"
+        )
+    return str(names[0])
+
+
+def _task(architecture: str) -> Task:
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings: tuple[tuple[Task, Any], ...] = (
+        ("causal-lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("masked-lm", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("image-classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    )
+    for task, mapping in mappings:
+        if architecture in _flat(mapping.values()):
+            return task
+    return "encoder"
+
+
+def _flat(values: Any) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from value
+
+
+def _modality(model: str, config: Any, architecture: str) -> Modality:
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise PadstError(f"'{model}' is an encoder-decoder model ({architecture}), which padst does not handle")
+    main_input = getattr(getattr(transformers, architecture), "main_input_name", None)
+    if main_input == "input_ids":
+        return "text"
+    if main_input == "pixel_values":
+        return "image"
+    raise PadstError(f"'{model}' ({architecture}) takes '{main_input}' as input; padst handles text and images")
+
+
+def _padst_format(model: str, config: Any) -> PadstFormat | None:
+    header = getattr(config, "quantization_config", None)
+    if header is None:
+        return None
+    raw = header if isinstance(header, dict) else header.to_dict()
+    method = raw.get("quant_method")
+    if method != QUANT_METHOD:
+        raise PadstError(f"'{model}' is already quantized with '{method}'; padst needs the unquantized checkpoint")
+    return PadstFormat.from_json(raw, f"'{model}'")
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(f"'{name}'" for name in listed[:3]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class quiet_transformers:
+    """Keep transformers' warnings and loading bars off the terminal: what matters is checked here and raised."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._verbosity = logging.get_verbosity()
+        self._bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+        if self._bars:
+            logging.enable_progress_bar()

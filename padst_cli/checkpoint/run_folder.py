@@ -1,0 +1,126 @@
+"""The folder of one `sparsify` run: what it holds while unfinished, and how it becomes whole.
+
+While the run goes on there is a `state/` folder and no `config.json`, so nothing can load the folder by mistake. At the
+end the checkpoint is built beside it, its files are moved in one by one with `config.json` last, and `state/` is
+removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.errors import PadstError
+from padst_cli.events import Event
+
+STATE = "state"
+PROGRESS = "progress.json"
+RECIPE = "recipe.yaml"
+LOG = "log.jsonl"
+REPORT = "report.html"
+RESULTS = "results.json"
+_TRAINING_EVENTS = ("Step", "SupportUpdated", "Hardened", "Saved", "Evaluated")
+
+
+class RunFolder:
+    """Files of one run under `path`; `main` is False on the processes that must not write."""
+
+    def __init__(self, path: Path, main: bool = True) -> None:
+        self.path = path
+        self.main = main
+
+    @property
+    def state(self) -> Path:
+        """Where resumable state lives while the run is unfinished."""
+        return self.path / STATE
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise `PadstError` where something is in the way: loses nothing, creates nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise PadstError(f"output '{self.path}' is a file; name a folder with --output")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        unfinished = (self.state / PROGRESS).is_file()
+        if not overwrite:
+            hint = "--resume goes on with the unfinished run in it, " if unfinished else ""
+            raise PadstError(f"output '{self.path}' exists; {hint}--overwrite replaces it, --output names another")
+        if not unfinished and not (self.path / RECIPE).is_file() and not (self.path / "config.json").is_file():
+            raise PadstError(
+                f"output '{self.path}' was not written by padst, so --overwrite leaves it alone; remove it yourself"
+            )
+
+    def begin(self, recipe_yaml: str) -> None:
+        """Empty the folder and write the recipe and a first progress file."""
+        if not self.main:
+            return
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.state.mkdir(parents=True)
+        write_atomically(self.path / RECIPE, recipe_yaml)
+        self.save_progress({})
+
+    def check_resumable(self) -> None:
+        """Raise `PadstError` unless an unfinished run lies here."""
+        if (self.state / PROGRESS).is_file():
+            return
+        if (self.path / RESULTS).is_file():
+            raise PadstError(f"the run in '{self.path}' is finished: nothing to resume")
+        raise PadstError(f"there is no unfinished run in '{self.path}' to resume")
+
+    def load_progress(self) -> dict[str, Any]:
+        """What earlier sessions of this run found: metrics by phase, seconds, layer figures."""
+        return json.loads((self.state / PROGRESS).read_text(encoding="utf-8"))
+
+    def save_progress(self, progress: dict[str, Any]) -> None:
+        """Replace the progress file atomically."""
+        if self.main:
+            write_atomically(self.state / PROGRESS, json.dumps(progress, indent=1))
+
+    def log(self, event: Event) -> None:
+        """Append one event to `log.jsonl`."""
+        if self.main:
+            with (self.path / LOG).open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(event.to_json()) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All logged events; a last line cut off by a kill is left out."""
+        path = self.path / LOG
+        if not path.is_file():
+            return []
+        events = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return events
+
+    def rewind_log(self, step: int, control: bool) -> None:
+        """Forget training events after `step` of the phase that resumes (they will happen again)."""
+        if not self.main:
+            return
+        kept: list[dict[str, Any]] = []
+        in_control = False
+        for event in self.events():
+            if event["event"] == "PhaseStarted" and event.get("phase") == "dense control":
+                in_control = True
+            if in_control == control and event["event"] in _TRAINING_EVENTS and event["step"] > step:
+                continue
+            if in_control and not control:
+                continue
+            kept.append(event)
+        write_atomically(self.path / LOG, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def finish(self, checkpoint: Path, results: dict[str, Any]) -> None:
+        """Move a finished checkpoint's files in, `config.json` last, then drop the state."""
+        if not self.main:
+            return
+        write_atomically(self.path / RESULTS, json.dumps(results, indent=1))
+        files = sorted(checkpoint.iterdir(), key=lambda file: (file.name == "config.json", file.name))
+        for file in files:
+            file.replace(self.path / file.name)
+        checkpoint.rmdir()
+        shutil.rmtree(self.state)

@@ -1,0 +1,161 @@
+"""Writing folders and files so that nothing half-written is taken for whole: a temporary sibling, then a rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from padst_cli.checkpoint.reader import quiet_transformers
+from padst_cli.errors import PadstError
+
+_PROCESSOR_FILES = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `PadstError` unless a model may be written to `path`: absent, empty, or a model folder to be overwritten.
+
+    A folder without `config.json` is never overwritten, so that a mistyped path cannot cost other files.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise PadstError(f"the output '{path}' is a file; give a folder")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise PadstError(f"the output folder '{path}' exists and is not empty; choose another or add --overwrite")
+    if not (path / "config.json").is_file():
+        raise PadstError(f"the output folder '{path}' holds something other than a model; choose another folder")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to write into, and put it in place of `path` when the block ends without an
+    error.
+
+    What was at `path` before stays until the new folder is whole and on disk. Raises `PadstError` as `check_output`
+    does.
+    """
+    check_output(path, overwrite=overwrite)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write one file through a temporary sibling and a rename; text as UTF-8."""
+    temporary = _sibling(path, "writing")
+    with open(temporary, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_model(model: Any, folder: Path, *, max_shard_size: str = "5GB") -> None:
+    """`save_pretrained` as safetensors into `folder`, shards of at most `max_shard_size`; the same model gives the
+    same bytes.
+
+    Raises `PadstError` for a size that cannot be read.
+    """
+    check_shard_size(max_shard_size)
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        # safetensors leaves its files readable by their owner only.
+        file.chmod(0o644)
+
+
+def check_shard_size(size: str) -> None:
+    """Raise `PadstError` unless `size` reads like 5GB or 200MB."""
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in ("KB", "MB", "GB", "TB") or not number.strip().isdigit() or int(number) < 1:
+        raise PadstError(f"shard size '{size}' is not of the form 5GB or 200MB")
+
+
+def copy_processor_files(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer and image-processor files byte for byte from one model folder to another; returns their names."""
+    names = sorted({file.name for pattern in _PROCESSOR_FILES for file in source.glob(pattern) if file.is_file()})
+    for name in names:
+        # Files of the hub's cache are links: copy what they point to, with ordinary permissions.
+        shutil.copyfile(source / name, folder / name)
+    return names
+
+
+def _sibling(path: Path, purpose: str) -> Path:
+    return path.with_name(f".{path.name}.{purpose}-{os.getpid()}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    # Left by a process that was killed while it wrote; one that still runs keeps its own.
+    for purpose in ("writing", "replaced"):
+        for leftover in path.parent.glob(f".{path.name}.{purpose}-*"):
+            owner = leftover.name.rpartition("-")[2]
+            if not owner.isdigit() or _is_running(int(owner)):
+                continue
+            if purpose == "replaced" and not path.exists():
+                leftover.rename(path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            _sync_folder(file)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

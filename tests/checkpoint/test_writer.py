@@ -1,0 +1,135 @@
+"""Folders and files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from padst_cli.checkpoint.writer import (
+    atomic_folder,
+    check_output,
+    check_shard_size,
+    copy_processor_files,
+    write_atomically,
+)
+from padst_cli.errors import PadstError
+
+
+def a_model(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with atomic_folder(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "sub" / "file").read_text() == "x"
+    assert [entry.name for entry in target.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    with atomic_folder(target) as temporary:
+        (temporary / "file").write_text("x")
+    assert (target / "file").is_file()
+
+
+def test_an_existing_model_needs_overwrite(tmp_path):
+    target = a_model(tmp_path / "out")
+    with pytest.raises(PadstError, match="--overwrite"):
+        check_output(target, overwrite=False)
+    with atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "new.txt").write_text("new")
+        assert (target / "old.txt").read_text() == "old"
+    assert sorted(entry.name for entry in target.iterdir()) == ["new.txt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_other_things_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(PadstError, match="other than a model"):
+        check_output(tmp_path, overwrite=True)
+    with pytest.raises(PadstError, match="is a file"):
+        check_output(tmp_path / "thesis.txt", overwrite=True)
+
+
+def test_an_error_leaves_everything_as_it_was(tmp_path):
+    target = a_model(tmp_path / "out")
+
+    class Stop(BaseException):
+        pass
+
+    def write():
+        with atomic_folder(target, overwrite=True) as temporary:
+            (temporary / "half").write_text("half")
+            raise Stop
+
+    with pytest.raises(Stop):
+        write()
+    assert (target / "old.txt").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_nothing_under_the_name_and_is_cleaned_up(tmp_path):
+    target = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        with atomic_folder(target) as temporary:
+            (temporary / "config.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not target.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_folder(target) as temporary:
+        (temporary / "file").write_text("x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    old = a_model(tmp_path / f".out.replaced-{gone}")
+    target = tmp_path / "out"
+    with atomic_folder(target, overwrite=True) as temporary:
+        assert (target / "old.txt").read_text() == "old"
+        (temporary / "new.txt").write_text("new")
+    assert (target / "new.txt").is_file()
+    assert not old.exists()
+
+
+def test_write_atomically(tmp_path):
+    path = tmp_path / "report.html"
+    write_atomically(path, "one")
+    write_atomically(path, "zwei \u00fc")
+    assert path.read_text(encoding="utf-8") == "zwei \u00fc"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "5XB", "-5GB", "0MB", "5.5GB", ""])
+def test_bad_shard_sizes(size):
+    with pytest.raises(PadstError, match="5GB or 200MB"):
+        check_shard_size(size)
+
+
+def test_processor_files_are_copied_byte_for_byte(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    (source / "blob").write_bytes(b'{"x": 1}')
+    (source / "tokenizer.json").symlink_to(source / "blob")
+    (source / "merges.txt").write_text("a b")
+    (source / "model.safetensors").write_text("no")
+    (source / "config.json").write_text("no")
+    assert copy_processor_files(source, target) == ["merges.txt", "tokenizer.json"]
+    assert (target / "tokenizer.json").read_bytes() == b'{"x": 1}'
+    assert not (target / "tokenizer.json").is_symlink()
