@@ -1,0 +1,244 @@
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from padst_cli.errors import PadstError
+from padst_cli.events import CalibrationProgress, Message
+from padst_cli.initialise import calibrate, initialise
+from padst_cli.initialise.blocks import Unit, run_model
+from padst_cli.permutation.apply import check_permutation, from_structure, to_structure
+from padst_cli.plan import make_plan
+from padst_cli.recipe import Recipe
+
+BASE = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "assignment"})
+NAMES = ["gpt2", "llama", "qwen3", "neox", "opt", "bert", "albert", "t5", "vit", "swin"]
+
+
+def run(model: nn.Module, batches, recipe: Recipe = BASE, **changes):
+    recipe = recipe.updated({key.replace("__", "."): value for key, value in changes.items()})
+    plan = make_plan(model, recipe)
+    student, events = copy.deepcopy(model), []
+    starts = initialise(model, student, plan, batches, recipe, events.append)
+    return SimpleNamespace(student=student, plan=plan, starts=starts, events=events, recipe=recipe)
+
+
+def dense(result, name: str) -> Tensor:
+    layer = next(layer for layer in result.plan.layers if layer.name == name)
+    weight = result.student.get_submodule(name).weight.detach()
+    return weight.T if layer.transposed else weight
+
+
+def texts(result) -> list[str]:
+    return [event.text for event in result.events if isinstance(event, Message)]
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch):
+    """The statistics each layer was started from, by layer name."""
+    seen = {}
+    original = calibrate.start_layer
+
+    def spy(layer, weight, bias, statistics, recipe):
+        seen[layer.name] = statistics
+        return original(layer, weight, bias, statistics, recipe)
+
+    monkeypatch.setattr(calibrate, "start_layer", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_by_block_equals_full_passes(name: str, make_model, make_batches, monkeypatch, spied) -> None:
+    model, batches = make_model(name), make_batches(name)
+    chained = run(model, batches)
+    seen = dict(spied)
+    find = calibrate.find_units
+    monkeypatch.setattr(
+        calibrate, "find_units", lambda *args: tuple(Unit("", unit.groups, False) for unit in find(*args))
+    )
+    exact = run(model, batches)
+    assert "full forward passes" in texts(exact)[0]
+    for layer in chained.plan.layers:
+        for moment in ("gram", "cross", "dense_gram"):
+            torch.testing.assert_close(
+                getattr(seen[layer.name], moment), getattr(spied[layer.name], moment), rtol=1e-4, atol=1e-3
+            )
+        assert torch.equal(chained.starts[layer.name].mask, exact.starts[layer.name].mask)
+        assert seen[layer.name].tokens == spied[layer.name].tokens > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_student_holds_the_starts_and_nothing_else_changed(name: str, make_model, make_batches) -> None:
+    model = make_model(name).train()
+    before = copy.deepcopy(model.state_dict())
+    result = run(model, make_batches(name))
+    assert model.training
+    assert list(result.starts) == [layer.name for layer in result.plan.layers]
+    for layer in result.plan.layers:
+        start = result.starts[layer.name]
+        assert torch.equal(dense(result, layer.name), from_structure(start.weight, start.perm_in, start.perm_out))
+        assert torch.equal(start.structure.expand(start.structure.units_of(start.mask)), start.mask)
+        assert not start.weight[~start.mask].any()
+        assert start.weight.dtype == torch.float32
+        assert (start.bias is not None) == layer.bias
+        for side, perm, size in (
+            ("input", start.perm_in, layer.in_features),
+            ("output", start.perm_out, layer.out_features),
+        ):
+            assert (perm is not None) == (side in layer.sides)
+            if perm is not None:
+                check_permutation(perm, size, side)
+    targets = {f"{layer.name}.weight" for layer in result.plan.layers}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    for key, value in result.student.state_dict().items():
+        assert key in targets or torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "bert", "vit"])
+def test_each_layer_sees_the_sparse_model_before_it(name: str, make_model, make_batches, spied) -> None:
+    model, batches = make_model(name), make_batches(name)
+    result = run(model, batches)
+    order = [event.layer for event in result.events if isinstance(event, CalibrationProgress)]
+    for position in (0, 3, len(order) // 2, len(order) - 1):
+        target = order[position]
+        partial = copy.deepcopy(model)
+        for layer in order[:position]:
+            if spied[layer] is not spied[target]:
+                partial.get_submodule(layer).weight.data = result.student.get_submodule(layer).weight.data
+        width = spied[target].gram.shape[0]
+        gram, cross = torch.zeros(width, width), torch.zeros(width, width)
+        for batch in batches:
+            sparse, original = inputs_of(partial, target, batch), inputs_of(model, target, batch)
+            gram += sparse.T @ sparse
+            cross += sparse.T @ original
+        torch.testing.assert_close(spied[target].gram, gram, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(spied[target].cross, cross, rtol=1e-4, atol=1e-3)
+        assert position == 0 or not torch.allclose(gram, cross, rtol=1e-2)
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, layer: str, batch: dict[str, Tensor]) -> Tensor:
+    caught: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    run_model(model.eval(), batch)
+    handle.remove()
+    rows = caught[0].reshape(-1, caught[0].shape[-1])
+    return rows[batch["attention_mask"].bool().ravel()] if "attention_mask" in batch else rows
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block", "unstructured"])
+def test_refit_lowers_the_error_and_without_it_old_weights_stay(structure: str, make_model, make_batches) -> None:
+    model, batches = make_model("llama"), make_batches("llama")
+    fitted = run(model, batches, structure=structure)
+    for start in fitted.starts.values():
+        assert start.error <= start.error_mask + 1e-6
+        assert 0.0 < start.kept <= 1.0
+    masked = run(model, batches, structure=structure, calibration__refit=False)
+    for name, start in masked.starts.items():
+        old = to_structure(model.get_submodule(name).weight, start.perm_in, start.perm_out)
+        assert torch.equal(start.weight, torch.where(start.mask, old, 0.0))
+        assert start.error == start.error_mask
+    assert mean_error(fitted) < mean_error(masked)
+
+
+def mean_error(result) -> float:
+    return sum(start.error for start in result.starts.values()) / len(result.starts)
+
+
+@pytest.mark.parametrize("kind", ["learned", "assignment", "random", "none"])
+def test_permutation_kinds(kind: str, make_model, make_batches) -> None:
+    model, batches = make_model("gpt2"), make_batches("gpt2")
+    result = run(model, batches, permutation__kind=kind)
+    again = run(model, batches, permutation__kind=kind)
+    for name, start in result.starts.items():
+        perm = start.perm_in if start.perm_in is not None else start.perm_out
+        assert (perm is None) == (kind == "none")
+        assert torch.equal(start.weight, again.starts[name].weight)
+        if kind == "random":
+            assert not torch.equal(perm, torch.arange(len(perm)).int())
+    if kind == "random":
+        other = run(model, batches, permutation__kind=kind, seed=1)
+        assert any(not torch.equal(other.starts[n].weight, s.weight) for n, s in result.starts.items())
+
+
+def test_both_sides(make_model, make_batches) -> None:
+    result = run(make_model("llama"), make_batches("llama"), structure="block", permutation__side="both")
+    for start in result.starts.values():
+        assert start.perm_in is not None
+        assert start.perm_out is not None
+
+
+def test_padding_does_not_count(make_model, make_batches) -> None:
+    batches = make_batches("bert")
+    other = [dict(batch) for batch in batches]
+    for batch in other:
+        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
+    one, two = run(make_model("bert"), batches), run(make_model("bert"), other)
+    for name, start in one.starts.items():
+        torch.testing.assert_close(start.weight, two.starts[name].weight, rtol=1e-3, atol=1e-4)
+
+
+def test_progress_and_mode_are_told(make_model, make_batches) -> None:
+    result = run(make_model("gpt2"), make_batches("gpt2"))
+    progress = [event for event in result.events if isinstance(event, CalibrationProgress)]
+    assert [event.done for event in progress] == list(range(1, 13))
+    assert {event.total for event in progress} == {12}
+    assert texts(result) == ["calibrating 12 layers in 3 blocks, block by block from 1 full pass"]
+
+
+class Experts(nn.Module):
+    """One block whose tokens go to the expert that the sign of their first input picks; the last gets none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Module()])
+        block = self.layers[0]
+        block.up = nn.Linear(16, 16)
+        block.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        block.forward = self._block
+
+    def _block(self, x: Tensor) -> Tensor:
+        block = self.layers[0]
+        x = block.up(x)
+        result = torch.zeros_like(x)
+        for index, chosen in enumerate((x[:, 0] > 0, x[:, 0] <= 0)):
+            result[chosen] = block.experts[index](x[chosen])
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def test_experts_see_only_their_tokens_and_an_idle_one_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    # A closure would survive deepcopy with the old model in it.
+    student = Experts()
+    student.load_state_dict(model.state_dict())
+    recipe = BASE.updated({"sparsity": 0.5})
+    plan, events = make_plan(model, recipe), []
+    starts = initialise(model, student, plan, [{"x": torch.randn(64, 16)} for _ in range(2)], recipe, events.append)
+    idle = starts["layers.0.experts.2"]
+    old = to_structure(model.layers[0].experts[2].weight.detach(), idle.perm_in, idle.perm_out)
+    assert torch.equal(idle.weight, torch.where(idle.mask, old, 0.0))
+    assert math.isnan(idle.error)
+    assert any("layers.0.experts.2 saw no calibration input" in e.text for e in events if isinstance(e, Message))
+    for index in (0, 1):
+        start = starts[f"layers.0.experts.{index}"]
+        assert start.error < start.error_mask
+
+
+def test_no_data_is_refused(make_model) -> None:
+    with pytest.raises(PadstError, match="no calibration data"):
+        run(make_model("gpt2"), [])
+
+
+def test_inputs_that_are_not_finite_are_refused_with_the_layer(make_model, make_batches) -> None:
+    model = make_model("gpt2")
+    model.transformer.h[1].ln_1.weight.data.fill_(float("nan"))
+    with pytest.raises(PadstError, match=r"transformer\.h\.1\.attn\.c_attn: .*NaN"):
+        run(model, make_batches("gpt2"), structure="unstructured")
