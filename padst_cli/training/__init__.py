@@ -1,0 +1,1 @@
+"""Training the sparse model: sparse layers, moving supports, learned permutations, distillation, resumable state."""

@@ -1,0 +1,99 @@
+"""From soft to hard, layer by layer: the penalty's schedule, and when a soft permutation becomes an index.
+
+PA-DST (Tyagi et al., 2025, arXiv 2510.14812): the loss gains lambda times the l1-l2 penalty of every soft matrix; a
+layer whose normalised penalty falls under delta is rounded and from then on costs an index lookup. The deadline is
+ours: a run has an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from torch.optim import Optimizer
+
+from padst_cli.permutation.soft import normalised_penalty
+from padst_cli.recipe import Recipe
+from padst_cli.training.sparse_linear import Permutation, SparseLinear
+
+Cause = Literal["penalty", "deadline"]
+
+
+@dataclass(frozen=True)
+class HardenedRecord:
+    """One permutation that became an index: at which step, at which normalised penalty, why, how many entries had
+    moved."""
+
+    step: int
+    layer: str
+    penalty: float
+    cause: Cause
+    moved: int
+
+
+class Hardener:
+    """The soft permutations of a model by label (the layer's name, with its side where both are soft) and their
+    schedule."""
+
+    def __init__(self, layers: Mapping[str, SparseLinear], recipe: Recipe) -> None:
+        self.recipe = recipe.permutation
+        self.steps = recipe.training.steps
+        self.soft: dict[str, Permutation] = {}
+        for name, layer in layers.items():
+            sides = list(layer.permutations())
+            for side, perm in sides:
+                if perm.is_soft:
+                    self.soft[name if len(sides) == 1 else f"{name}:{side}"] = perm
+
+    def penalty_weight(self, done: int) -> float:
+        """Lambda after `done` steps: a line from 0 at `earliest` to its full value at `deadline`."""
+        begin, end = self.recipe.earliest * self.steps, self.recipe.deadline * self.steps
+        if end <= begin:
+            return self.recipe.penalty_weight
+        return self.recipe.penalty_weight * min(1.0, max(0.0, (done - begin) / (end - begin)))
+
+    def penalty(self) -> Tensor:
+        """The sum of the normalised penalties of all soft permutations, a scalar.
+
+        Normalised, because what a row of M does to the loss falls as one over its width; a sum, because layers do not
+        share M.
+        """
+        return torch.stack([normalised_penalty(perm.matrix()) for perm in self.soft.values()]).sum()
+
+    @torch.no_grad()
+    def penalties(self) -> dict[str, float]:
+        """The normalised penalty of every soft permutation."""
+        return {label: float(normalised_penalty(perm.matrix())) for label, perm in self.soft.items()}
+
+    def project(self) -> None:
+        """Bring all soft matrices back into the Birkhoff polytope after an optimizer step."""
+        for perm in self.soft.values():
+            perm.project()
+
+    def due(self, done: int, final: bool = False) -> dict[str, tuple[float, Cause]]:
+        """The permutations to harden after `done` steps, with their penalty and why; all of them where `final`."""
+        if final or done >= self.recipe.deadline * self.steps:
+            return {label: (value, "deadline") for label, value in self.penalties().items()}
+        if done < self.recipe.earliest * self.steps:
+            return {}
+        return {label: (value, "penalty") for label, value in self.penalties().items() if value < self.recipe.delta}
+
+    def harden(self, label: str, done: int, penalty: float, cause: Cause, optimizer: Optimizer) -> HardenedRecord:
+        """Round one permutation (process 0 does for all), take its matrix out of the optimizer and keep the index."""
+        perm = self.soft.pop(label)
+        matrix = perm.log_matrix
+        assert matrix is not None
+        perm.harden(broadcast(perm.rounded()))
+        forget_parameter(optimizer, matrix)
+        return HardenedRecord(done, label, penalty, cause, perm.moved)
+
+
+def forget_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Take a parameter and its moments out of an optimizer; the others keep their order, so that states still match."""
+    optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        group["params"] = [each for each in group["params"] if each is not parameter]

@@ -1,0 +1,248 @@
+"""The layer that is trained: a masked weight S between two permutations, soft while they are learned, then an index.
+
+`y = ((S (x[..., perm_in]))[..., perm_out]) + b` with S zero outside its mask (DESIGN.md). While a side is soft, its
+index lookup is a matrix product with M. Whatever the weight holds outside the mask never reaches the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from padst_cli.initialise.start import LayerStart
+from padst_cli.permutation.apply import identity
+from padst_cli.permutation.soft import balanced, nearest_permutation, project, soften
+from padst_cli.plan import Plan
+from padst_cli.recipe import Recipe
+from padst_cli.structures.base import Structure
+from padst_cli.training.dynadiag import DiagonalGates
+
+
+class _Masked(torch.autograd.Function):
+    """S on its support, with the gradient of the *dense* matrix handed back: growth is decided from it (RigL)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        del ctx
+        # A product would turn an infinity outside the support into NaN.
+        return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return grads[0], None
+
+
+class Permutation(nn.Module):
+    """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
+
+    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M) and `index` (a
+    buffer) is there.
+    """
+
+    def __init__(self, start: Tensor, *, mixing: float | None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.start: Tensor
+        self.index: Tensor | None
+        self.register_buffer("start", start.clone())
+        soft = None if mixing is None else nn.Parameter(project(soften(start, mixing, dtype)).log())
+        self.register_parameter("log_matrix", soft)
+        self.register_buffer("index", start.clone() if mixing is None else None)
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether it is still being learned."""
+        return self.log_matrix is not None
+
+    def matrix(self) -> Tensor:
+        """M `[d, d]`, differentiable; only while soft."""
+        assert self.log_matrix is not None
+        return balanced(self.log_matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute the last dimension of `x` `[..., d]`."""
+        if self.index is None:
+            return F.linear(x, self.matrix())
+        return x.index_select(-1, self.index)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step."""
+        assert self.log_matrix is not None
+        self.log_matrix.copy_(project(self.matrix()).log())
+
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """The index, int32 `[d]`; while soft, the permutation nearest to the matrix."""
+        return nearest_permutation(self.matrix()) if self.index is None else self.index
+
+    def harden(self, index: Tensor) -> None:
+        """Drop the matrix and keep `index`."""
+        self.log_matrix = None
+        self.index = index.to(device=self.start.device, dtype=torch.int32)
+
+    @property
+    def moved(self) -> int:
+        """How many entries of the present (rounded) permutation differ from the start."""
+        return int((self.rounded() != self.start).sum())
+
+
+class SparseLinear(nn.Module):
+    """A linear layer with a structured sparse weight S `[out, in]` and up to two permutations.
+
+    `weight` is a Parameter over all of `[out, in]`; its `.grad` is dense, so that support updates can look outside the
+    mask: whoever steps it must zero the gradient outside `mask` first. Input `[..., in]`, output `[..., out]`.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        perm_in: Permutation | None = None,
+        perm_out: Permutation | None = None,
+        gates: DiagonalGates | None = None,
+    ) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.structure = structure
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.clone())
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.register_buffer("mask", mask.clone())
+        self.perm_in = perm_in
+        self.perm_out = perm_out
+        self.gates = gates
+
+    def effective_weight(self) -> Tensor:
+        """S `[out, in]` as the forward pass uses it, exactly zero outside the mask."""
+        if self.gates is not None:
+            return self.gates.apply_to(self.weight, self.mask)
+        masked: Tensor = _Masked.apply(self.weight, self.mask)
+        return masked
+
+    @torch.no_grad()
+    def fold_gates(self) -> None:
+        """Multiply DynaDiag's gates into the weight and drop them and all latent values; nothing without gates."""
+        if self.gates is not None:
+            self.weight.copy_(self.effective_weight())
+            self.gates = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` `[..., in]`."""
+        if self.perm_in is not None:
+            x = self.perm_in(x)
+        y = F.linear(x, self.effective_weight(), self.bias if self.perm_out is None else None)
+        if self.perm_out is not None:
+            y = self.perm_out(y)
+            if self.bias is not None:
+                y = y + self.bias.to(y.dtype)
+        return y
+
+    def permutations(self) -> Iterator[tuple[str, Permutation]]:
+        """The sides that have a permutation: ("input" or "output", module)."""
+        if self.perm_in is not None:
+            yield "input", self.perm_in
+        if self.perm_out is not None:
+            yield "output", self.perm_out
+
+    def extra_repr(self) -> str:
+        """The shape and the structure, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, structure={self.structure.name}"
+
+
+@dataclass(frozen=True)
+class SparseState:
+    """One trained layer, ready to be packed: S `[out, in]` zero outside `mask`, and hard permutations (or None)."""
+
+    structure: Structure
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor | None
+    perm_in: Tensor | None
+    perm_out: Tensor | None
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse layers of a model by dotted name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparsify_modules(
+    student: nn.Module,
+    starts: Mapping[str, LayerStart],
+    plan: Plan,
+    recipe: Recipe,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
+
+    With permutations of kind "learned" the planned sides begin soft around the start's permutation (the identity where
+    it has none); otherwise the start's permutations are taken as they are. DynaDiag ranks inactive diagonals by the
+    dense weights of `teacher`, which it needs.
+    """
+    for planned in plan.layers:
+        start = starts[planned.name]
+        old = student.get_submodule(planned.name)
+        old_weight = old.get_parameter("weight")
+        dtype = old_weight.dtype
+        gates = None
+        weight = start.weight
+        if recipe.support.method == "dynadiag":
+            if teacher is None:
+                raise ValueError("dynadiag needs the dense model")
+            dense = teacher.get_submodule(planned.name).get_parameter("weight").detach()
+            gates, weight = DiagonalGates.from_start(start, dense.T if planned.transposed else dense)
+        perms: dict[str, Permutation | None] = {"input": None, "output": None}
+        sizes = {"input": planned.in_features, "output": planned.out_features}
+        for side, index in (("input", start.perm_in), ("output", start.perm_out)):
+            if recipe.permutation.kind == "learned" and side in planned.sides:
+                index = identity(sizes[side]) if index is None else index
+                perms[side] = Permutation(index, mixing=recipe.permutation.mixing, dtype=dtype)
+            elif index is not None:
+                perms[side] = Permutation(index, mixing=None)
+        new = SparseLinear(
+            start.structure,
+            weight.to(dtype),
+            start.mask,
+            None if start.bias is None else start.bias.to(dtype),
+            perms["input"],
+            perms["output"],
+            gates,
+        )
+        new.train(old.training)
+        parent, _, leaf = planned.name.rpartition(".")
+        setattr(student.get_submodule(parent), leaf, new.to(old_weight.device))
+
+
+def finished_layers(student: nn.Module) -> dict[str, SparseState]:
+    """What packing needs of every sparse layer, detached and on the CPU; a side that is still soft is rounded."""
+    finished: dict[str, SparseState] = {}
+    for name, layer in sparse_layers(student).items():
+        perms = {side: perm.rounded().cpu() for side, perm in layer.permutations()}
+        finished[name] = SparseState(
+            layer.structure,
+            layer.effective_weight().detach().cpu(),
+            layer.mask.cpu(),
+            None if layer.bias is None else layer.bias.detach().cpu(),
+            perms.get("input"),
+            perms.get("output"),
+        )
+    return finished
+
+
+def match_layout(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Harden what was hard and fold what was folded when the state was saved, so that its tensors find their places."""
+    for name, layer in sparse_layers(model).items():
+        for side, perm in layer.permutations():
+            key = f"{name}.perm_{'in' if side == 'input' else 'out'}.index"
+            if perm.is_soft and key in saved:
+                perm.harden(saved[key])
+        if layer.gates is not None and f"{name}.gates.scores" not in saved:
+            layer.gates = None

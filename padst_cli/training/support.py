@@ -1,0 +1,91 @@
+"""Moving the support: every few steps a cosine-decaying fraction of each layer's active units is dropped and regrown.
+
+One mechanism serves all structures: a structure only says what its units are and how to sum a score over them
+(`structures/base.py`). The methods differ in the two scores. RigL (Evci et al., ICML 2020): drop by |w|, grow by |dense
+gradient|. SET (Mocanu et al., 2018): drop by |w|, grow at random. MEST (Yuan et al., NeurIPS 2021): drop by |w| + gamma
+|gradient|, grow at random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from padst_cli.recipe import SupportRecipe
+from padst_cli.training.sparse_linear import SparseLinear
+
+
+def is_due(recipe: SupportRecipe, done: int, steps: int) -> bool:
+    """Whether the support moves in the step that follows `done` finished ones."""
+    moving = recipe.method != "static" and 0 < done < recipe.until * steps
+    return moving and done % recipe.every == 0
+
+
+def fraction_at(recipe: SupportRecipe, done: int, steps: int) -> float:
+    """The fraction of active units to move: `fraction / 2 (1 + cos(pi t / t_end))` (RigL, equation 1)."""
+    return recipe.fraction / 2 * (1 + math.cos(math.pi * done / (recipe.until * steps)))
+
+
+def move_units(active: Tensor, drop_score: Tensor, grow_score: Tensor, fraction: float) -> Tensor:
+    """The next active units, bool `[groups, candidates]`, with as many in every group as before.
+
+    Of all active units of the layer the `fraction` with the lowest `drop_score` goes; in each group as many inactive
+    units with the highest `grow_score` come, those just dropped among them, as in RigL. A grow score of -inf marks what
+    can never be a unit.
+    """
+    count = round(fraction * int(active.sum()))
+    if count == 0:
+        return active
+    order = torch.where(active, drop_score, torch.inf).flatten().argsort(stable=True)
+    kept = active.flatten().clone()
+    kept[order[:count]] = False
+    kept = kept.view_as(active)
+    wanted = (active & ~kept).sum(dim=1, keepdim=True)
+    rank = torch.where(kept, -torch.inf, grow_score).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return kept | ((rank < wanted) & ~kept)
+
+
+@torch.no_grad()
+def next_mask(layer: SparseLinear, recipe: SupportRecipe, fraction: float, generator: torch.Generator) -> Tensor:
+    """The mask `[out, in]` that `layer` moves to, from its weight and its dense gradient.
+
+    `generator` is a CPU generator, so that random growth is the same on every device and process.
+    """
+    if layer.gates is not None:
+        return layer.gates.support()
+    structure = layer.structure
+    gradient = layer.weight.grad
+    if gradient is None:
+        # A layer that took no part in the step (an unused branch) has nothing to decide by.
+        return layer.mask
+    active = structure.units_of(layer.mask)
+    magnitude = torch.where(layer.mask, layer.weight, 0.0).abs()
+    drop = structure.unit_scores(magnitude)
+    grow = structure.unit_scores(gradient.abs())
+    if recipe.method == "mest":
+        drop = structure.unit_scores(magnitude + recipe.mest_gamma * gradient.abs())
+    if recipe.method in ("set", "mest"):
+        draw = torch.rand(grow.shape, generator=generator).to(grow)
+        grow = torch.where(grow.isfinite(), draw, -torch.inf)
+    return structure.expand(move_units(active, drop, grow, fraction))
+
+
+@torch.no_grad()
+def move_support(layer: SparseLinear, mask: Tensor, optimizer: Optimizer) -> int:
+    """Make `mask` the layer's support; returns how many entries are newly in it.
+
+    What left becomes zero, so that it comes back from zero (DynaDiag keeps it: there it is a latent value), and the
+    optimizer forgets its moments of every entry that moved.
+    """
+    changed = mask ^ layer.mask
+    grown = int((changed & mask).sum())
+    if layer.gates is None:
+        layer.weight.masked_fill_(changed, 0.0)
+    for moment in optimizer.state.get(layer.weight, {}).values():
+        if isinstance(moment, Tensor) and moment.shape == changed.shape:
+            moment.masked_fill_(changed, 0.0)
+    layer.mask.copy_(mask)
+    return grown

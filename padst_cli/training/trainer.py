@@ -1,0 +1,364 @@
+"""The training loop of PA-DST: one function for the sparse student and for the dense control, on accelerate.
+
+Nothing is wrapped: gradients are averaged over the processes explicitly, because soft permutations leave the set of
+parameters as they harden and support updates need the dense gradient of every weight. The batch of a step is a pure
+function of (seed, step); every process computes its slice of it, so that a resumed run needs no data loader state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object, set_seed
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from padst_cli.data.items import collate, step_indices
+from padst_cli.errors import Interrupted, PadstError
+from padst_cli.events import Evaluated, Hardened, OnEvent, Saved, Step, SupportUpdated, ignore
+from padst_cli.recipe import Recipe
+from padst_cli.training.dynadiag import score_learning_rate, temperature_at
+from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
+from padst_cli.training.objective import Batch, Objective
+from padst_cli.training.result import Progress, TrainResult, result_of
+from padst_cli.training.seeds import seeded
+from padst_cli.training.sparse_linear import match_layout, sparse_layers
+from padst_cli.training.state import (
+    STATE_VERSION,
+    StateStore,
+    StopRequest,
+    check_same_run,
+    random_state,
+    restore_random_state,
+    stop_on_signals,
+)
+from padst_cli.training.support import fraction_at, is_due, move_support, next_mask
+
+# Gradients of log M are as small as the entries of M: Adam's usual 1e-8 would hold the small ones still.
+_SOFT_EPSILON = 1e-15
+
+Evaluate = Callable[[nn.Module], tuple[str, float]]
+
+
+class Items(Protocol):
+    """A data set: a length and items by number, each a dict of tensors."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def make_accelerator(device: str = "auto", dtype: str = "auto") -> Accelerator:
+    """accelerate's view of devices and processes for a run.
+
+    Autocasts to bfloat16 where `dtype` is "bfloat16", and with "auto" on a CUDA device that has it. Raises `PadstError`
+    where "cuda" is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PadstError("--device cuda: this machine shows no CUDA device; use --device cpu or auto")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    bf16 = dtype == "bfloat16" or (dtype == "auto" and not cpu and torch.cuda.is_bf16_supported())
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    dataset: Items,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    store: StateStore | None = None,
+    on_event: OnEvent = ignore,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    control: bool = False,
+) -> TrainResult:
+    """Train `model` in place for `recipe.training.steps` optimizer steps; afterwards no permutation is soft any more.
+
+    A model without sparse layers is trained just the same (the dense control; `control` marks its events). `evaluate`
+    is called in the main process every `eval_every` steps with the model in eval mode. With `resume` the run goes on
+    from `store`'s state and ends with the weights of an uninterrupted one. Raises `PadstError` for a batch that does
+    not divide, a loss that is not finite, or a state that does not fit, and `Interrupted` after SIGINT or SIGTERM, once
+    the state is saved.
+    """
+    trainer = _Trainer(model, objective, dataset, recipe, accelerator, store, on_event, evaluate, control)
+    trainer.start(resume)
+    return trainer.run()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        dataset: Items,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        store: StateStore | None,
+        on_event: OnEvent,
+        evaluate: Evaluate | None,
+        control: bool,
+    ) -> None:
+        parts = accelerator.num_processes * recipe.training.accumulation
+        if recipe.training.batch_size % parts:
+            raise PadstError(
+                f"batch_size {recipe.training.batch_size} does not divide over {accelerator.num_processes} processes "
+                f"with accumulation {recipe.training.accumulation}; make it a multiple of {parts}"
+            )
+        self.rows = recipe.training.batch_size // parts
+        self.model, self.objective, self.dataset = model.to(accelerator.device), objective, dataset
+        self.recipe, self.accelerator, self.store = recipe, accelerator, store
+        self.on_event = on_event if accelerator.is_main_process else ignore
+        self.evaluate, self.control = evaluate, control
+        self.progress = Progress()
+        objective.to(accelerator.device)
+
+    # -- beginning, and beginning again ------------------------------------------------------------------------------
+
+    def start(self, resume: bool) -> None:
+        """Build what trains, from the model as given or from the saved state."""
+        state = None
+        if resume:
+            if self.store is None:
+                raise ValueError("nothing to resume from without a store")
+            state = self.store.load()
+            check_same_run(state, self.recipe, self.accelerator.num_processes, len(self.dataset))
+            match_layout(self.model, state["model"])
+            self.model.load_state_dict(state["model"])
+        else:
+            set_seed(self.recipe.seed, device_specific=True)
+            self._agree()
+        self.layers = sparse_layers(self.model)
+        self.hardener = Hardener(self.layers, self.recipe)
+        self._build_optimizer()
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            saved = state["progress"]
+            self.progress = Progress(**{**saved, "hardened": [HardenedRecord(**each) for each in saved["hardened"]]})
+            restore_random_state(state["random"][self.accelerator.process_index])
+
+    def _agree(self) -> None:
+        # Calibration sums may differ in the last bit between machines; from here on all must hold the same numbers.
+        if self.accelerator.num_processes > 1:
+            for tensor in self.model.state_dict().values():
+                broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor)
+
+    def _build_optimizer(self) -> None:
+        training = self.recipe.training
+        soft = [p for _, perm in self.hardener.soft.items() for p in perm.parameters()]
+        scores = [layer.gates.scores for layer in self.layers.values() if layer.gates is not None]
+        special = {id(p) for p in (*soft, *scores)}
+        self.weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in special]
+        plain = {"weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.weights if p.dim() >= 2]},
+            {"params": [p for p in self.weights if p.dim() < 2], **plain},
+            {"params": soft, "lr": self.recipe.permutation.learning_rate, "eps": _SOFT_EPSILON, **plain},
+            {"params": scores, "lr": score_learning_rate(training.steps, self.recipe.support.until), **plain},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        warmup = round(training.warmup * training.steps)
+        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, warmup, max(1, training.steps))
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Step until the end, a signal, or a loss that is not finite."""
+        training, progress = self.recipe.training, self.progress
+        self.model.train()
+        with stop_on_signals() as stop:
+            while progress.step < training.steps:
+                began = time.perf_counter()
+                terms, wants_stop = self._step(stop)
+                progress.seconds += time.perf_counter() - began
+                self._report(terms)
+                last = progress.step == training.steps
+                if wants_stop and not last:
+                    self._stop()
+                if last or progress.step % training.save_every == 0:
+                    self._save()
+        self._finish()
+        return result_of(self.progress)
+
+    def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
+        """One optimizer step: the loss's terms, averaged over all processes, and whether any of these wants to stop."""
+        index = self.progress.step
+        self._anneal(index)
+        sums = self._backward(index)
+        terms = self._averaged({**sums, "stop": torch.tensor(float(stop.requested))})
+        wants_stop = terms.pop("stop") > 0.0
+        self._check_finite(terms["loss"], "loss")
+        self._move_support(index)
+        for layer in self.layers.values():
+            if layer.weight.grad is not None:
+                layer.weight.grad.masked_fill_(~layer.mask, 0.0)
+        # Soft matrices are left out: the size of their penalty's gradient says nothing about the weights' step.
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.recipe.training.clip_norm)
+        self._check_finite(float(norm), "gradient")
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.hardener.project()
+        self.progress.step = index + 1
+        self.progress.items_seen += self.recipe.training.batch_size
+        self.progress.loss = terms.pop("loss")
+        self._harden()
+        return terms, wants_stop
+
+    def _backward(self, index: int) -> dict[str, Tensor]:
+        """Gradients of the step's whole batch into `.grad`; returns the mean loss and terms of this process's slice."""
+        accumulation = self.recipe.training.accumulation
+        sums: dict[str, Tensor] = {}
+        for part in range(accumulation):
+            batch = self._rows_of(index, part)
+            with self.accelerator.autocast():
+                loss, terms = self.objective(self.model, batch)
+            self.accelerator.backward(loss / accumulation)
+            for key, value in {"loss": loss.detach(), **terms}.items():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value / accumulation
+        if self.hardener.soft:
+            # Once a step, in full precision; the same in every process, so that averaging leaves it as it is.
+            penalty = self.hardener.penalty()
+            self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)
+            sums["penalty"] = penalty.detach()
+        if self.accelerator.num_processes > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return sums
+
+    def _rows_of(self, index: int, part: int) -> Batch:
+        """This process's rows of accumulation part `part` of the global batch of step `index`, on its device."""
+        training = self.recipe.training
+        first = (self.accelerator.process_index * training.accumulation + part) * self.rows
+        everyone = step_indices(len(self.dataset), training.batch_size, self.recipe.seed, index)
+        numbers = everyone[first : first + self.rows]
+        batch = self.objective.prepare(collate([self.dataset[n] for n in numbers]), self.recipe.seed, index, first)
+        return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+    def _averaged(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        # One reduction and one wait for the device, whatever the number of terms.
+        stacked = torch.stack([value.to(self.accelerator.device, torch.float64) for value in terms.values()])
+        return dict(zip(terms, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise PadstError(
+                f"the {what} is {value} at step {self.progress.step + 1} of {self.recipe.training.steps}; "
+                "start again with a lower --learning-rate or a smaller training.clip_norm"
+            )
+
+    # -- what sparse layers need -------------------------------------------------------------------------------------
+
+    def _anneal(self, index: int) -> None:
+        """Set the temperature of DynaDiag's gates for this step, or fold them into the weights once they are done."""
+        support, share = self.recipe.support, index / self.recipe.training.steps
+        for layer in self.layers.values():
+            if layer.gates is None:
+                continue
+            layer.gates.temperature = temperature_at(share, support.until, *support.dynadiag_temperature)
+            if share >= support.until:
+                forget_parameter(self.optimizer, layer.gates.scores)
+                layer.fold_gates()
+
+    def _move_support(self, index: int) -> None:
+        support, steps = self.recipe.support, self.recipe.training.steps
+        if not is_due(support, index, steps) or not self.layers:
+            return
+        fraction = fraction_at(support, index, steps)
+        moved = {}
+        for number, (name, layer) in enumerate(self.layers.items()):
+            mask = next_mask(layer, support, fraction, seeded(self.recipe.seed, index, number))
+            moved[name] = move_support(layer, broadcast(mask.view(torch.uint8)).view(torch.bool), self.optimizer)
+        self.progress.support_moved += sum(moved.values())
+        self.on_event(SupportUpdated(index + 1, fraction, moved))
+
+    def _harden(self, final: bool = False) -> None:
+        done = self.progress.step
+        for label, (penalty, cause) in self.hardener.due(done, final).items():
+            record = self.hardener.harden(label, done, penalty, cause, self.optimizer)
+            self.progress.hardened.append(record)
+            self.on_event(Hardened(done, label, penalty, cause, record.moved))
+
+    def _finish(self) -> None:
+        """Leave plain sparse layers behind: gates folded, every permutation an index."""
+        self._harden(final=True)
+        for layer in self.layers.values():
+            layer.fold_gates()
+        self.model.eval()
+
+    # -- telling and keeping -----------------------------------------------------------------------------------------
+
+    def _report(self, terms: dict[str, float]) -> None:
+        training, progress = self.recipe.training, self.progress
+        last = progress.step == training.steps
+        if last or progress.step % training.log_every == 0:
+            self.on_event(self._step_event(terms))
+        if self.evaluate is not None and training.eval_every and progress.step % training.eval_every == 0 and not last:
+            self._evaluate(self.evaluate)
+
+    def _step_event(self, terms: dict[str, float]) -> Step:
+        progress, hardened = self.progress, len(self.progress.hardened)
+        return Step(
+            step=progress.step,
+            steps=self.recipe.training.steps,
+            loss=progress.loss,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            hardened=hardened,
+            layers=hardened + len(self.hardener.soft),
+            seconds=progress.seconds,
+            items_seen=progress.items_seen,
+            terms=terms,
+            penalties=self.hardener.penalties(),
+            control=self.control,
+        )
+
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        if self.accelerator.is_main_process:
+            # Whether and how often one looks must not change what is learned.
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            self.model.eval()
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                metric, value = evaluate(self.model)
+            self.model.train()
+            self.on_event(Evaluated(self.progress.step, metric, value, "during"))
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.store is None:
+            return
+        randoms = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            path = self.store.save(
+                {
+                    "version": STATE_VERSION,
+                    "step": self.progress.step,
+                    "recipe": self.recipe.model_dump(mode="json"),
+                    "processes": self.accelerator.num_processes,
+                    "items": len(self.dataset),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "random": randoms,
+                    "progress": asdict(self.progress),
+                }
+            )
+            self.on_event(Saved(self.progress.step, str(path)))
+        self.accelerator.wait_for_everyone()
+
+    def _stop(self) -> None:
+        progress, steps = self.progress, self.recipe.training.steps
+        if self.store is None:
+            raise Interrupted(f"stopped after step {progress.step} of {steps}; nothing was saved")
+        self._save()
+        raise Interrupted(
+            f"stopped after step {progress.step} of {steps}; the state is in '{self.store.path}': "
+            "give the same command with --resume to go on"
+        )
