@@ -1,0 +1,7 @@
+"""Held-out figures of dense and sparse models: perplexity, accuracy, feature error, lm-eval tasks."""
+
+from padst_cli.evaluation.evaluate import HIGHER_IS_BETTER, METRICS, evaluate_model
+from padst_cli.evaluation.result import EvalResult
+from padst_cli.evaluation.tasks import run_tasks
+
+__all__ = ["HIGHER_IS_BETTER", "METRICS", "EvalResult", "evaluate_model", "run_tasks"]
