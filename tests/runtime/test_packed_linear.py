@@ -1,0 +1,151 @@
+"""The packed layer as a module: exact weights, dtypes, caches that never go stale, copies, compilation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional
+
+from padst_cli.errors import PadstError
+from padst_cli.permutation.apply import from_structure, random_permutation
+from padst_cli.runtime.packed_linear import PackedLinear
+from padst_cli.structures import StructureOptions, structure_class, structure_names
+
+
+def make(structure="block", out_features=48, in_features=80, sides="io", bias=True, value_dtype=None, density=0.2):
+    generator = torch.Generator().manual_seed(3)
+    spec = structure_class(structure).for_density(out_features, in_features, density, StructureOptions())
+    weight = torch.randn(out_features, in_features, generator=generator)
+    mask = spec.project(weight.abs())
+    perm_in = random_permutation(in_features, generator) if "i" in sides else None
+    perm_out = random_permutation(out_features, generator) if "o" in sides else None
+    vector = torch.randn(out_features, generator=generator) if bias else None
+    layer = PackedLinear.from_sparse(spec, weight * mask, mask, vector, perm_in, perm_out, value_dtype)
+    return layer, from_structure(weight * mask, perm_in, perm_out), vector
+
+
+@pytest.mark.parametrize("sides", ["", "i", "o", "io"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("structure", structure_names())
+def test_the_layer_equals_the_dense_one(structure, bias, sides):
+    layer, weight, vector = make(structure, bias=bias, sides=sides)
+    assert torch.equal(layer.dense_weight(), weight)
+    assert torch.equal(layer.support().sum(), (weight != 0).sum())
+    x = torch.randn(2, 5, 80)
+    torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+    torch.testing.assert_close(layer(x[0, 0]), functional.linear(x[0, 0], weight, vector))
+
+
+def test_wrong_widths_are_refused():
+    layer, _, _ = make()
+    with pytest.raises(ValueError, match="81 features"):
+        layer(torch.randn(2, 81))
+
+
+def test_what_is_stored():
+    layer, _, _ = make(value_dtype=torch.bfloat16)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "values", "row_offsets", "col_indices", "perm_in", "perm_out", "bias"}
+    assert state["weight"].shape == (0,)
+    assert state["values"].dtype is torch.bfloat16
+    assert state["bias"].dtype is torch.float32
+    assert state["perm_in"].dtype is torch.int32
+    layer(torch.randn(1, 80))
+    assert set(layer.state_dict()) == set(state)
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
+
+
+def test_values_of_unknown_dtypes_are_refused():
+    with pytest.raises(PadstError, match="float64"):
+        make(value_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("structure", ["diag", "block"])
+def test_the_prepared_copy_follows_the_values(structure):
+    layer, weight, vector = make(structure)
+    x = torch.randn(3, 80)
+    assert layer.prepared_bytes() == 0
+    before = layer(x)
+    assert layer.prepared_bytes() > 0
+    with torch.no_grad():
+        layer.values.mul_(2)
+    torch.testing.assert_close(layer(x) - vector, 2 * (before - vector))
+    layer.load_state_dict(make(structure)[0].state_dict())
+    torch.testing.assert_close(layer(x), before)
+    layer.values = torch.nn.Parameter(layer.values.detach() * 3, requires_grad=False)
+    torch.testing.assert_close(layer(x) - vector, 3 * (before - vector))
+    layer.double()
+    assert layer.prepared_bytes() == 0
+    torch.testing.assert_close(layer(x.double()).float(), functional.linear(x, 3 * weight, vector))
+    layer.eval()
+    assert layer.prepared_bytes() > 0
+    layer.train()
+    assert layer.prepared_bytes() == 0
+
+
+def test_values_made_in_inference_mode_work():
+    with torch.inference_mode():
+        layer, weight, vector = make("diag")
+        x = torch.randn(2, 80)
+        torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+        torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+
+
+def test_copies_share_nothing_and_carry_no_prepared_copy():
+    layer, _, _ = make("diag")
+    x = torch.randn(2, 80)
+    expected = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.prepared_bytes() == 0
+        assert torch.equal(twin(x), expected)
+        with torch.no_grad():
+            twin.values.zero_()
+        assert torch.equal(layer(x), expected)
+
+
+def test_the_dense_copy_dies_with_its_layout():
+    # Without waiting for the garbage collector: the copy is as large as the dense model.
+    import gc
+    import weakref
+
+    layer, _, _ = make("diag")
+    layer(torch.randn(1, 80))
+    kernel = weakref.ref(next(iter(layer._layout[1].prepared.values())))
+    gc.disable()
+    try:
+        layer.train()
+        assert kernel() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("structure", ["diag", "block"])
+def test_torch_compile_takes_the_layer_in_one_graph(structure):
+    layer, _, _ = make(structure)
+    x = torch.randn(4, 80)
+    expected = layer(x)
+    for warm in (True, False):
+        if not warm:
+            layer.train()
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x[:2]), expected[:2])
+
+
+def test_autocast_works():
+    for structure in ("diag", "block"):
+        layer, weight, vector = make(structure)
+        x = torch.randn(4, 80)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        torch.testing.assert_close(y.float(), functional.linear(x, weight, vector), rtol=3e-2, atol=5e-2)
+
+
+def test_kernel_names():
+    assert make("diag")[0].kernel_name(1) == "torch-dense"
+    assert make("block")[0].kernel_name(512) == "torch-gather-bmm"
