@@ -1,0 +1,181 @@
+"""What a benchmark reports and how it measures; never how long anything took."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from padst_cli.bench import BenchResult, bench, random_sparse
+from padst_cli.checkpoint.reader import Source, open_source
+from padst_cli.errors import PadstError
+from padst_cli.recipe import Recipe
+from padst_cli.runtime.packing import densify, resident_bytes
+from padst_cli.runtime.quantizer import packed_layers
+from padst_cli.stopwatch import Stopwatch, Timing, crossing
+
+QUICK = Timing(repeats=3, run_seconds=1e-4, rotate_bytes=2**16, max_copies=4)
+WIDTH = 64
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    """Configs without weights of a causal LM, an image classifier and an encoder."""
+    shape = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    configs: dict[str, tuple[Any, str]] = {
+        "gpt2": (
+            transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=WIDTH, n_layer=2, n_head=4),
+            "GPT2LMHeadModel",
+        ),
+        "vit": (transformers.ViTConfig(image_size=16, patch_size=8, **shape), "ViTForImageClassification"),
+        "bert": (transformers.BertConfig(vocab_size=50, max_position_embeddings=24, **shape), "BertModel"),
+    }
+    found = {}
+    for name, (config, architecture) in configs.items():
+        folder = tmp_path_factory.mktemp(name)
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
+        found[name] = open_source(str(folder), weights=False)
+    return found
+
+
+def recipe(structure: str = "diag", permutation: str = "random", **changes: Any) -> Recipe:
+    raw = {"structure": structure, "sparsity": 0.75, "permutation": {"kind": permutation}}
+    return Recipe.from_dict({**raw, **changes})
+
+
+def run(source: Source, chosen: Recipe, **options: Any) -> tuple[Any, BenchResult]:
+    model = random_sparse(source, chosen)
+    return model, bench(model, task=source.task, **{"tokens": (1, 8), "timing": QUICK, **options})
+
+
+def test_a_causal_model_in_full(sources: dict[str, Source]) -> None:
+    before = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []
+    model, result = run(
+        sources["gpt2"], recipe(), threads=1, on_progress=lambda done, total, _: seen.append((done, total))
+    )
+    assert torch.get_num_threads() == before
+    found = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
+    # Four shapes in a GPT-2 block, at two token counts; the two blocks are alike.
+    shapes = [(row["out_features"], row["in_features"], row["tokens"]) for row in found["layers"]]
+    assert shapes == [
+        (out * WIDTH, inp * WIDTH, tokens) for out, inp in ((3, 1), (1, 1), (4, 1), (1, 4)) for tokens in (1, 8)
+    ]
+    for row in found["layers"]:
+        layer = packed_layers(model)[row["name"]]
+        assert row["density"] == layer.format.structure.density == 0.25
+        assert row["kernel"] == layer.kernel_name(row["tokens"])
+        assert row["count"] == 2
+        assert row["structure"] == "diag"
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
+        assert row["dense_us"] > 0
+        assert row["dense_spread"] >= 0
+    rates = found["model"]
+    assert (rates["prefill"]["unit"], rates["prefill"]["tokens"]) == ("tokens", 8)
+    assert (rates["decode"]["unit"], rates["decode"]["tokens"]) == ("tokens", 12)
+    for rate in (rates["prefill"], rates["decode"]):
+        assert rate["speedup"] == pytest.approx(rate["sparse_per_s"] / rate["dense_per_s"])
+    assert rates["resident_bytes"] == {"dense": resident_bytes(densify(model)), "sparse": resident_bytes(model)}
+    assert found["break_even_density"] is None
+    assert seen == [(done, 10) for done in range(10)]
+
+
+def test_layers_alone_prepare_nothing_in_the_model(sources: dict[str, Source]) -> None:
+    model, result = run(sources["gpt2"], recipe("nm"), layers_only=True)
+    assert result.model is None
+    assert all(layer._layout is None for layer in packed_layers(model).values())
+
+
+def test_images_and_sequences(sources: dict[str, Source]) -> None:
+    _, images = run(sources["vit"], recipe("block"), tokens=(4,))
+    assert images.model is not None
+    assert images.model.prefill.unit == "images"
+    assert images.model.decode is None
+    _, sequences = run(sources["bert"], recipe("unstructured"), tokens=(512,))
+    assert sequences.model is not None
+    assert (sequences.model.prefill.unit, sequences.model.prefill.tokens) == ("sequences", 24)
+    assert sequences.model.decode is None
+    assert {row.tokens for row in sequences.layers} == {512}
+
+
+def test_break_even_when_asked(sources: dict[str, Source]) -> None:
+    _, result = run(sources["bert"], recipe("block"), layers_only=True, break_even=True, tokens=(2,))
+    assert result.break_even_density is not None
+    assert set(result.to_json()["break_even_density"]) == {"2"}
+    value = result.break_even_density[2]
+    assert value is None or 0 < value < 1
+
+
+def test_crossing_is_interpolated() -> None:
+    assert crossing([(0.1, 0.5), (0.3, 0.8), (0.5, 1.6)]) == pytest.approx(0.35)
+    assert crossing([(0.1, 1.2), (0.3, 1.4)]) is None
+    assert crossing([(0.1, 0.2), (0.7, 0.9)]) == 0.7
+    assert crossing([]) is None
+
+
+def test_random_weights_follow_the_recipe(sources: dict[str, Source]) -> None:
+    source = sources["gpt2"]
+    permuted = packed_layers(random_sparse(source, recipe("block", block_size=32)))
+    for layer in permuted.values():
+        perms = [perm for perm in layer.permutations() if perm is not None]
+        assert len(perms) == 1
+        assert not torch.equal(perms[0], torch.arange(perms[0].numel(), dtype=torch.int32))
+        assert layer.format.structure.parameters()["block_size"] == 32
+    plain = packed_layers(random_sparse(source, recipe(permutation="none"), value_dtype=torch.bfloat16))
+    assert all(layer.permutations() == (None, None) for layer in plain.values())
+    assert {layer.values.dtype for layer in plain.values()} == {torch.bfloat16}
+    again = random_sparse(source, recipe("block", block_size=32))
+    for name, layer in packed_layers(again).items():
+        assert torch.equal(layer.dense_weight(), permuted[name].dense_weight())
+    with pytest.raises(PadstError, match="random or none"):
+        random_sparse(source, recipe(permutation="learned"))
+
+
+def test_refuses_a_dense_model(sources: dict[str, Source]) -> None:
+    model = transformers.GPT2LMHeadModel(sources["gpt2"].config)
+    with pytest.raises(PadstError, match="no sparse layers"):
+        bench(model, task="causal-lm", timing=QUICK)
+    with pytest.raises(PadstError, match="1 or more"):
+        run(sources["gpt2"], recipe(), tokens=(0,))
+
+
+def test_runs_alternate_and_give_medians() -> None:
+    calls: list[str] = []
+    times = {"dense": iter([4.0, 1.0, 2.0]), "sparse": iter([1.0, 1.0, 1.0])}
+
+    def side(name: str) -> float:
+        calls.append(name)
+        return next(times[name])
+
+    watch = Stopwatch(Timing(repeats=3), 1, torch.device("cpu"))
+    pair = watch.alternate(lambda: side("dense"), lambda: side("sparse"))
+    assert calls == ["dense", "sparse"] * 3
+    assert (pair.dense, pair.sparse) == (2.0, 1.0)
+    assert (pair.dense_spread, pair.sparse_spread) == (0.75, 0.0)
+
+
+def test_a_long_call_is_timed_by_itself() -> None:
+    calls: list[str] = []
+    watch = Stopwatch(Timing(repeats=3, run_seconds=0.0), 1, torch.device("cpu"))
+    pair = watch.calls(lambda: calls.append("dense"), lambda: calls.append("sparse"))
+    # Two calls a side to warm up and to see how long one takes, then the runs in turn.
+    assert calls == ["dense"] * 2 + ["sparse"] * 2 + ["dense", "sparse"] * 3
+    assert pair.dense > 0
+
+
+def test_weights_are_rotated(sources: dict[str, Source]) -> None:
+    from padst_cli.bench import _LayerBench
+
+    layer = next(iter(packed_layers(random_sparse(sources["gpt2"], recipe())).values()))
+    watch = Stopwatch(Timing(rotate_bytes=10 * WIDTH * WIDTH * 3 * 4, max_copies=7), 1, torch.device("cpu"))
+    bencher = _LayerBench(watch, torch.device("cpu"), torch.float32, 0)
+    assert watch.timing.copies(WIDTH * WIDTH * 3 * 4) == 7
+    assert watch.timing.copies(5 * WIDTH * WIDTH * 3 * 4) == 2
+    assert watch.timing.copies(10**9) == 1
+    dense, sparse = bencher._dense_step(layer, torch.ones(2, WIDTH)), bencher._sparse_step(layer, torch.ones(2, WIDTH))
+    assert dense().shape == sparse().shape == (2, 3 * WIDTH)
