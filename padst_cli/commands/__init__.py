@@ -1,0 +1,1 @@
+"""One file a command: parse, one call into the pipeline, show."""

@@ -1,0 +1,100 @@
+"""`padst eval MODEL`: held-out figures of a dense or a sparse model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from padst_cli.commands.common import Device, DeviceFlag, Dtype, Json, Model, Quiet, Seed, running
+
+if TYPE_CHECKING:
+    from padst_cli.console import Console
+    from padst_cli.pipeline import EvaluateResult
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Held-out data; default: WikiText-103 for causal LMs.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="auto, or a metric of the model's task.")] = "auto",
+    context: Annotated[int | None, typer.Option("--context", help="Tokens a prediction may look back on.")] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Tokens scored per window; default: the context.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option("--compare", help="Another model, measured on the same data.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval task names, comma separated.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder of further lm-eval tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="At most this many lm-eval examples a task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows or images at once.")] = 8,
+    max_samples: Annotated[
+        int | None, typer.Option("--max-samples", help="At most this many windows or images.")
+    ] = None,
+    device: DeviceFlag = Device.auto,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure MODEL on held-out data: perplexity, top-1 and top-5, or feature error, by its task."""
+    with running(json, quiet) as console:
+        from padst_cli import pipeline
+
+        with console.progress() as on_event:
+            result = pipeline.evaluate(
+                model,
+                data,
+                metric=metric,
+                context=context,
+                stride=stride,
+                compare=compare,
+                tasks=tasks.split(",") if tasks else None,
+                include_path=include_path,
+                limit=limit,
+                batch_size=batch_size,
+                max_samples=max_samples,
+                device=device.value,
+                dtype=dtype,
+                seed=seed,
+                on_event=on_event,
+            )
+        console.result(result, render=lambda: _render(console, result))
+
+
+def _render(console: Console, result: EvaluateResult) -> None:
+    names = [
+        "value",
+        "kl_to_dense",
+        "bits_per_char",
+        "word_perplexity",
+        "top5",
+        "samples",
+        "tokens",
+        "context",
+        "stride",
+    ]
+    figures = result.to_json()
+    other = figures.get("other")
+    rows = []
+    for name in names:
+        if figures.get(name) is None:
+            continue
+        label = result.metric_name if name == "value" else name.replace("_", " ")
+        row = [label, _figure(figures[name])]
+        if other:
+            row.append(_figure(other.get(name)))
+        rows.append(tuple(row))
+    if other:
+        rows.append(("ratio", "", _figure(figures["ratio"])))
+    for task, scores in (figures.get("tasks") or {}).items():
+        rows += [(f"{task} {name}", _figure(value)) for name, value in scores.items()]
+    columns = ("", figures["model"], other["model"]) if other else ("", figures["model"])
+    console.table(f"{figures['data']} ({figures['split']}, digest {figures['digest'][:12]})", columns, rows)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,52 @@
+"""`padst inspect DIR`: what is in a padst folder, layer by layer, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from padst_cli.commands.common import Device, DeviceFlag, Dtype, Json, Quiet, Seed, running
+
+if TYPE_CHECKING:
+    from padst_cli.runtime.describe import LayerDescription
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that padst wrote.")],
+    device: DeviceFlag = Device.auto,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the sparse layers of DIR and verify every tensor. Exit code 2 when something is wrong."""
+    del dtype, seed  # the file is read as it is; every command takes the flags
+    with running(json, quiet) as console:
+        from padst_cli import pipeline
+
+        result = pipeline.inspect(folder, device=device.value)
+        columns = ("layer", "out x in", "structure", "density", "kB", "permutation", "dead rows, columns", "kernel")
+        rows = [
+            (
+                layer.name,
+                f"{layer.out_features} x {layer.in_features}",
+                " ".join([layer.structure, *(f"{key}={value}" for key, value in layer.parameters.items())]),
+                f"{layer.density:.4f}",
+                f"{layer.packed_bytes / 1000:.1f}",
+                _sides(layer),
+                f"{layer.dead_rows}, {layer.dead_columns}",
+                " / ".join(dict.fromkeys(layer.kernels.values())),
+            )
+            for layer in result.layers
+        ]
+        title = f"{result.folder}: format {result.version}, {result.form}, values {result.value_dtype}, verified"
+        console.result(result, render=lambda: console.table(title, columns, rows))
+
+
+def _sides(layer: LayerDescription) -> str:
+    """Which sides are permuted, and how many of their entries move."""
+    sides = {"input": layer.perm_in, "output": layer.perm_out}
+    moved = [f"{name}: {side.size - side.fixed_points} of {side.size} moved" for name, side in sides.items() if side]
+    return ", ".join(moved) or "-"

@@ -1,0 +1,104 @@
+"""The flags that change a recipe, said once and shared by `plan` and `sparsify`.
+
+A flag that is not given leaves the recipe's value alone, so that `--recipe FILE` and flags compose.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from padst_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One command-line flag: its spelling, the dotted recipe key that it sets, its type and its help."""
+
+    option: str
+    key: str
+    type: Any
+    help: str
+
+    @property
+    def parameter(self) -> str:
+        """The keyword under which Typer passes the value."""
+        return "flag_" + self.key.replace(".", "__")
+
+
+FLAGS = (
+    Flag("--structure", "structure", str, "diag, nm, block or unstructured."),
+    Flag("--sparsity", "sparsity", float, "Share of zeros in the sparsified layers, between 0 and 1."),
+    Flag("--data", "data", str, "Training and calibration data (see the README for the forms)."),
+    Flag("--eval-data", "eval_data", str, "Held-out data; default: the held-out split of --data where it has one."),
+    Flag("--steps", "training.steps", int, "Optimizer steps; 0 gives the one-shot result."),
+    Flag("--batch-size", "training.batch_size", int, "Samples of one optimizer step, over all processes."),
+    Flag("--accumulation", "training.accumulation", int, "Backward passes that share one optimizer step."),
+    Flag("--max-seq-length", "training.max_seq_length", int, "Tokens of one training window."),
+    Flag("--learning-rate", "training.learning_rate", float, "Peak learning rate of the weights."),
+    Flag("--block-size", "block_size", int, "Block edge: 16, 32 or 64."),
+    Flag("--nm", "nm", str, "N:M, for example 2:4; default: chosen by the sparsity."),
+    Flag("--band", "band", int, "Diagonals come in aligned runs of this many (16 for GPUs)."),
+    Flag("--permutation", "permutation.kind", str, "learned, assignment, random or none."),
+    Flag("--learner", "permutation.learner", str, "How a learned permutation is learned: soft."),
+    Flag("--side", "permutation.side", str, "auto, input, output or both."),
+    Flag("--dst", "support.method", str, "How the support moves: rigl, set, mest, dynadiag or static."),
+    Flag("--allocation", "allocation", str, "uniform, erk, or a YAML file of layer pattern: sparsity."),
+    Flag("--targets", "targets", list[str], "Only these layers (module name parts or re:EXPR); may be repeated."),
+    Flag("--ignore", "ignore", list[str], "Not these layers (module name parts or re:EXPR); may be repeated."),
+    Flag("--refit/--no-refit", "calibration.refit", bool, "Refit surviving weights in closed form at the start."),
+    Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),
+    Flag("--dense-control/--no-dense-control", "dense_control", bool, "Also fine-tune the dense model as long."),
+    Flag("--eval-samples", "eval_samples", int, "Evaluate on at most this many windows or images."),
+    Flag("--eval-every", "training.eval_every", int, "Evaluate every so many steps; 0: at the end only."),
+    Flag("--save-every", "training.save_every", int, "Save resumable state every so many steps."),
+    Flag("--seed", "seed", int, "Seed of everything random."),
+    Flag("--dtype", "dtype", str, "auto, float32 or bfloat16: what the training computes in."),
+)
+
+
+def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--recipe` and all of `FLAGS` to a command, which then receives `changes: dict` and `recipe: str | None`."""
+
+    @wraps(command)
+    def with_flags(**given: Any) -> Any:
+        changes = {}
+        for flag in FLAGS:
+            value = given.pop(flag.parameter)
+            if value is not None:
+                changes[flag.key] = tuple(value) if isinstance(value, list) else value
+        return command(**given, changes=changes)
+
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "changes"
+    ]
+    added = [
+        inspect.Parameter(
+            flag.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[flag.type | None, typer.Option(flag.option, help=flag.help, show_default=False)],
+        )
+        for flag in FLAGS
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + added
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del with_flags.__wrapped__  # or Typer reads the signature of the inner function
+    return with_flags
+
+
+def build_recipe(model: str, recipe: str | None, changes: dict[str, Any]) -> Recipe:
+    """The recipe of a run: the file or name given (or the defaults), with the flags laid over it."""
+    from padst_cli.recipe import Recipe, load_recipe
+
+    base = load_recipe(recipe) if recipe else Recipe()
+    return base.updated({**changes, "model": model})

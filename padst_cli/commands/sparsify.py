@@ -1,0 +1,90 @@
+"""`padst sparsify MODEL`: the whole job, from a pretrained checkpoint to a sparse one."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from padst_cli.commands.common import Device, DeviceFlag, Json, Model, Quiet, running
+from padst_cli.commands.plan import RecipeFlag, show_plan
+from padst_cli.commands.recipe_flags import build_recipe, recipe_flags
+from padst_cli.errors import Interrupted
+
+if TYPE_CHECKING:
+    from padst_cli.console import Console
+    from padst_cli.pipeline import SparsifyResult
+
+
+@recipe_flags
+def sparsify(
+    model: Model,
+    recipe: RecipeFlag = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; default ./MODEL-STRUCTURE-SPARSITY.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder written by padst.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result.")] = None,
+    device: DeviceFlag = Device.auto,
+    json: Json = False,
+    quiet: Quiet = False,
+    *,
+    changes: dict[str, Any],
+) -> None:
+    """Make MODEL sparse: calibrate, find permutations and supports, refit, fine-tune (PA-DST), evaluate, save."""
+    with running(json, quiet) as console:
+        from padst_cli import pipeline
+
+        chosen = build_recipe(model, recipe, changes)
+        if dry_run:
+            show_plan(console, pipeline.plan(model, chosen))
+            return
+        folder = output or pipeline.default_output(model, chosen)
+        if resume:
+            chosen = pipeline.recipe_to_resume(folder, chosen if recipe or changes else None)
+        try:
+            with console.progress() as on_event:
+                result = pipeline.sparsify(
+                    model,
+                    chosen,
+                    folder,
+                    device=device.value,
+                    resume=resume,
+                    overwrite=overwrite,
+                    on_event=on_event,
+                    command=shlex.join(["padst", *sys.argv[1:]]),
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; go on with: {pipeline.resume_command(model, folder)}") from None
+        if not pipeline.is_main_process():
+            return
+        if push_to_hub:
+            from padst_cli.hub import push
+
+            console.message(f"uploaded to {push(folder, push_to_hub)}")
+        console.result(result, render=lambda: _render(console, result))
+
+
+def _render(console: Console, result: SparsifyResult) -> None:
+    metric = result.metric
+    rows = [
+        (f"{metric['name']}, dense", _figure(metric["dense"])),
+        ("   dense, fine-tuned as long", _figure(metric["dense_finetuned"])),
+        ("   sparse, before training", _figure(metric["initial"])),
+        ("   sparse, final", _figure(metric["final"])),
+        ("sparsity requested / achieved", f"{result.sparsity_requested:.4f} / {result.sparsity_achieved:.4f}"),
+        ("layers sparsified", str(result.layers)),
+        ("steps, seconds", f"{result.steps}, {result.seconds:.0f}"),
+        ("permutations", ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in result.permutations.items())),
+        ("written to", result.output),
+    ]
+    console.table(f"{result.structure} on {result.task}", ("", ""), rows)
+
+
+def _figure(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.4g}"

@@ -1,0 +1,75 @@
+"""The model cards of the folders that padst writes, from the figures that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from padst_cli.checkpoint.model_card import CardData, CardForm, model_card
+from padst_cli.checkpoint.reader import Source
+from padst_cli.checkpoint.run_folder import RECIPE, RESULTS
+from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.errors import PadstError
+from padst_cli.recipe import load_recipe
+
+CARD = "README.md"
+
+
+def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe_yaml: str) -> None:
+    """The card of a run's own folder; `source` is the dense base model, `results` what goes into `results.json`."""
+    write_atomically(folder / CARD, model_card(_card_data(source, results, recipe_yaml, "training", None)))
+
+
+def write_export_card(trained: Source, folder: Path, exported: dict[str, Any], form: str) -> None:
+    """The card of an export, with recipe and figures of the run beside it so that the export can be traced back.
+
+    Raises `PadstError` where the trained folder lacks the figures.
+    """
+    for name in (RECIPE, RESULTS):
+        if not (trained.folder / name).is_file():
+            raise PadstError(
+                f"'{trained.name}' lacks {name}, which `padst sparsify` writes; export the folder that it wrote"
+            )
+    results = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
+    recipe_yaml = (trained.folder / RECIPE).read_text(encoding="utf-8")
+    for name in (RECIPE, RESULTS):
+        shutil.copyfile(trained.folder / name, folder / name)
+    base = load_recipe(str(trained.folder / RECIPE)).model or trained.name
+    data = _card_data(trained, results, recipe_yaml, "packed" if form == "packed" else "dense", exported, base)
+    write_atomically(folder / CARD, model_card(data))
+
+
+def _card_data(
+    source: Source,
+    results: dict[str, Any],
+    recipe_yaml: str,
+    form: CardForm,
+    exported: dict[str, Any] | None,
+    base: str | None = None,
+) -> CardData:
+    return CardData(
+        result=results,
+        base_model=base or source.name,
+        architecture=source.architecture,
+        form=form,
+        recipe_yaml=recipe_yaml,
+        command=results["command"],
+        base_license=_licence(source.folder),
+        train_data=results["train_data"],
+        eval_data=results["eval_data"],
+        eval_digest=results["eval_digest"],
+        environment=results["environment"],
+        export=exported,
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that a model folder's own card names, None where it names none."""
+    from huggingface_hub import metadata_load
+
+    card = folder / CARD
+    metadata = metadata_load(card) if card.is_file() else None
+    licence = (metadata or {}).get("license")
+    return licence if isinstance(licence, str) else None

@@ -1,0 +1,98 @@
+"""Everything a `sparsify` run needs, opened and checked before the first byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from padst_cli.checkpoint.reader import Source, load_processor, open_source
+from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
+from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices
+from padst_cli.errors import PadstError
+from padst_cli.pipeline.planning import plan_for
+from padst_cli.plan import Plan
+from padst_cli.recipe import Recipe
+
+_SPLIT_BY_ITSELF = ("python-source", "hf:")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An opened run: checkpoint, plan, training items and held-out corpus; `recipe` has every default filled in."""
+
+    recipe: Recipe
+    source: Source
+    processor: Any
+    plan: Plan
+    items: TokenWindows | ImageItems
+    train_corpus: TextCorpus | ImageCorpus
+    heldout: TextCorpus | ImageCorpus
+
+    def calibration_batches(self, device: torch.device) -> list[dict[str, Tensor]]:
+        """The batches the start is computed from, on `device`: the first of the training order."""
+        calibration = self.recipe.calibration
+        samples = min(calibration.samples, len(self.items))
+        indices = step_indices(len(self.items), samples, self.recipe.seed, 0)
+        batches = [
+            collate([self.items[i] for i in indices[first : first + calibration.batch_size]])
+            for first in range(0, samples, calibration.batch_size)
+        ]
+        inputs = ("input_ids", "pixel_values", "attention_mask")
+        return [{key: batch[key].to(device) for key in inputs if key in batch} for batch in batches]
+
+
+def open_job(model: str, recipe: Recipe) -> Job:
+    """Open and check all inputs of a run; raises `PadstError` before anything is written.
+
+    Fills in the data of the recipe: WikiText-103 for causal LMs without `--data`; the held-out split of the same source
+    where it has one and `--eval-data` is not given.
+    """
+    source = open_source(model)
+    plan = plan_for(source, recipe)
+    recipe = _with_data(source, recipe)
+    assert recipe.data is not None
+    assert recipe.eval_data is not None
+    processor = load_processor(source)
+    if processor is None:
+        kind = "tokenizer" if source.modality == "text" else "image processor"
+        raise PadstError(f"checkpoint '{source.name}' has no {kind}; put its files into the folder")
+    labels = getattr(source.config, "label2id", None)
+    train = load_corpus(recipe.data, split="train", modality=source.modality, label2id=labels)
+    heldout = load_corpus(recipe.eval_data, split="heldout", modality=source.modality, label2id=labels)
+    return Job(recipe, source, processor, plan, _items(source, recipe, processor, train), train, heldout)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return bool(PartialState().is_main_process)
+
+
+def _with_data(source: Source, recipe: Recipe) -> Recipe:
+    data = recipe.data or default_spec(source.task)
+    if data is None:
+        raise PadstError(
+            f"a model of task {source.task} needs --data: a text file, folder or glob, .jsonl, a folder of images, "
+            "hf:ORG/NAME or python-source"
+        )
+    heldout = recipe.eval_data
+    if heldout is None:
+        if not data.startswith(_SPLIT_BY_ITSELF):
+            raise PadstError(f"--data '{data}' has no held-out split of its own; name held-out data with --eval-data")
+        heldout = data
+    return recipe.updated({"data": data, "eval_data": heldout, "model": recipe.model or source.name})
+
+
+def _items(
+    source: Source, recipe: Recipe, processor: Any, corpus: TextCorpus | ImageCorpus
+) -> TokenWindows | ImageItems:
+    if isinstance(corpus, ImageCorpus):
+        return ImageItems(corpus, processor)
+    length = recipe.training.max_seq_length
+    positions = getattr(source.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise PadstError(f"--max-seq-length {length} is longer than the {positions} positions of '{source.name}'")
+    return TokenWindows.from_corpus(corpus, processor, length)

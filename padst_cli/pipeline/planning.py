@@ -1,0 +1,86 @@
+"""checkpoint + recipe -> plan, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from padst_cli.checkpoint.reader import Source, open_source, skeleton
+from padst_cli.errors import PadstError
+from padst_cli.plan import Plan, make_plan
+from padst_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What `padst plan` shows; fields are its JSON keys. Bytes: the whole model in the checkpoint's dtype."""
+
+    layers: list[dict[str, Any]]
+    sparsity_requested: float
+    sparsity_achieved: float
+    whole_model_density: float
+    dense_bytes: int
+    packed_bytes: int
+    run_bytes: int
+    steps: int
+    skipped: list[dict[str, str]]
+
+
+def plan(model: str, recipe: Recipe) -> PlanResult:
+    """Plan the run that `sparsify(model, recipe)` would make; downloads no weights.
+
+    Raises `PadstError` for an unknown or already sparse model, or when no layer can be sparsified.
+    """
+    source = open_source(model, weights=False)
+    return describe_plan(plan_for(source, recipe), recipe, checkpoint_dtype(source))
+
+
+def plan_for(source: Source, recipe: Recipe) -> Plan:
+    """The plan for an opened checkpoint; raises `PadstError` when it is sparse already."""
+    if source.padst is not None:
+        raise PadstError(f"'{source.name}' is a sparse model that padst wrote; start from the dense checkpoint instead")
+    return make_plan(skeleton(source), recipe)
+
+
+def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
+    """A plan in figures, for a model stored in `dtype`."""
+    layers = [
+        {
+            "name": layer.name,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "structure": layer.structure.name,
+            "parameters": layer.structure.parameters(),
+            "sides": list(layer.sides),
+            "density": layer.structure.density,
+            "packed_bytes": layer.packed_bytes(dtype),
+            "note": layer.structure.note,
+        }
+        for layer in made.layers
+    ]
+    return PlanResult(
+        layers=layers,
+        sparsity_requested=made.sparsity_requested,
+        sparsity_achieved=made.sparsity_achieved,
+        whole_model_density=made.whole_model_density,
+        dense_bytes=made.dense_bytes(dtype),
+        packed_bytes=made.packed_bytes(dtype, dtype),
+        run_bytes=made.run_bytes(recipe.permutation.kind == "learned", recipe.training.distill),
+        steps=recipe.training.steps,
+        skipped=[{"name": skip.name, "reason": skip.reason} for skip in made.skipped],
+    )
+
+
+def checkpoint_dtype(source: Source) -> torch.dtype:
+    """The dtype that the checkpoint's config names, float32 where it names none."""
+    dtype = getattr(source.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """`./MODEL-STRUCTURE-SPARSITY`, where `sparsify` writes without `--output`."""
+    name = Path(model.rstrip("/")).name or "model"
+    return Path(f"{name}-{recipe.structure}-{recipe.sparsity:g}")

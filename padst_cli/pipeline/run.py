@@ -1,0 +1,319 @@
+"""The whole run of `padst sparsify`, phase by phase, each of them resumable."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from padst_cli.checkpoint.reader import load_dense
+from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
+from padst_cli.errors import Interrupted, PadstError
+from padst_cli.evaluation import EvalResult, evaluate_model
+from padst_cli.events import Evaluated, Event, OnEvent, PhaseStarted, ignore
+from padst_cli.initialise import LayerStart, initialise
+from padst_cli.permutation.apply import from_structure
+from padst_cli.pipeline.finish import environment, finish_run
+from padst_cli.pipeline.job import Job, open_job
+from padst_cli.recipe import Recipe, load_recipe
+from padst_cli.training.objective import Objective, build_objective
+from padst_cli.training.result import TrainResult
+from padst_cli.training.sparse_linear import sparsify_modules
+from padst_cli.training.state import StateStore
+from padst_cli.training.trainer import make_accelerator, train
+
+
+@dataclass(frozen=True)
+class SparsifyResult:
+    """What `padst sparsify` reports; fields are its JSON keys (bytes: whole model, float32)."""
+
+    output: str
+    task: str
+    structure: str
+    sparsity_requested: float
+    sparsity_achieved: float
+    whole_model_density: float
+    layers: int
+    steps: int
+    seconds: float
+    tokens_or_images_seen: int
+    metric: dict[str, Any]
+    kl_to_dense: float | None
+    permutations: dict[str, int]
+    dense_bytes: int
+    packed_bytes: int
+    train_data: str
+    eval_data: str
+    eval_digest: str
+    environment: dict[str, str]
+
+
+def sparsify(
+    model: str,
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+    command: str | None = None,
+) -> SparsifyResult:
+    """Make a pretrained checkpoint sparse after `recipe` and write the result to the folder `output`.
+
+    With `resume` an unfinished run in `output` goes on from its last saved state and ends with the same weights as an
+    uninterrupted one. Raises `PadstError` for bad input before anything is written, `Interrupted` after saving state.
+    """
+    accelerator = make_accelerator(device, recipe.dtype)
+    folder = RunFolder(Path(output), main=accelerator.is_main_process)
+    if resume:
+        folder.check_resumable()
+    else:
+        folder.check_free(overwrite)
+    # No process may create the folder before all have looked whether it is free.
+    accelerator.wait_for_everyone()
+    job = open_job(model, recipe)
+    teacher = load_dense(job.source, dtype=torch.float32, device=accelerator.device)
+    if not resume:
+        _check_heldout(job, teacher)
+        folder.begin(job.recipe.to_yaml())
+    accelerator.wait_for_everyone()
+    run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
+    try:
+        return run.execute(teacher)
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: {resume_command(model, folder.path)}") from None
+
+
+def _check_heldout(job: Job, teacher: nn.Module) -> None:
+    """Raise `PadstError` where the held-out data cannot be evaluated on: too short, no labels."""
+    evaluate_model(teacher, job.processor, job.source.task, job.heldout, max_samples=1, reference=teacher)
+
+
+def resume_command(model: str, output: Path) -> str:
+    """The command line that goes on with an interrupted run."""
+    return shlex.join(["padst", "sparsify", model, "--output", str(output), "--resume"])
+
+
+def recipe_to_resume(output: Path, given: Recipe | None) -> Recipe:
+    """The recipe of the unfinished run in `output`; a recipe given beside `--resume` must not contradict it."""
+    RunFolder(output).check_resumable()
+    stored = load_recipe(str(output / RECIPE))
+    if given is not None:
+        theirs, ours = given.model_dump(), stored.model_dump()
+        differing = [key for key in ours if theirs[key] != ours[key] and theirs[key] != Recipe().model_dump()[key]]
+        if differing:
+            raise PadstError(
+                f"the unfinished run in '{output}' has {differing[0]} = {ours[differing[0]]}, "
+                f"not {theirs[differing[0]]}; resume without that flag or start anew with --overwrite"
+            )
+    return stored
+
+
+class _Run:
+    """One run in progress: keeps the figures found so far on disk, so that a resumed run skips what is done."""
+
+    def __init__(self, job: Job, folder: RunFolder, accelerator: Accelerator, listener: OnEvent, command: str) -> None:
+        self.job = job
+        self.recipe = job.recipe
+        self.folder = folder
+        self.accelerator = accelerator
+        self.listener = listener
+        self.command = command
+        self.progress = folder.load_progress()
+        self.began = time.perf_counter() - self.progress.get("seconds", 0.0)
+
+    def execute(self, teacher: nn.Module) -> SparsifyResult:
+        set_seed(self.recipe.seed)
+        dense = self._measured("dense", teacher, None)
+        student = copy.deepcopy(teacher)
+        starts = self._start(teacher, student)
+        initial = self._measured("initial", student, teacher)
+        sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)
+        trained = self._train(student, teacher, control=False)
+        final = self._measured("final", student, teacher)
+        control = self._dense_control(teacher)
+        result = self._result(dense, initial, final, control, trained)
+        finish_run(self.job, self.folder, self.accelerator, student, starts, asdict(result), self.command)
+        return result
+
+    # -- phases ------------------------------------------------------------------------------------------------
+
+    def _start(self, teacher: nn.Module, student: nn.Module) -> dict[str, LayerStart]:
+        path = self.folder.state / "start.pt"
+        if path.is_file():
+            return load_starts(path, self.job, student)
+        self.event(PhaseStarted("calibrate", len(self.job.plan.layers)))
+        batches = self.job.calibration_batches(self.accelerator.device)
+        starts = initialise(teacher, student, self.job.plan, batches, self.recipe, self.event)
+        if self.folder.main:
+            save_starts(path, starts)
+        return starts
+
+    def _train(self, student: nn.Module, teacher: nn.Module | None, control: bool) -> TrainResult:
+        phase = "dense control" if control else "train"
+        store = StateStore(self.folder.state / ("control" if control else "train"))
+        resume = store.exists()
+        if resume:
+            self.folder.rewind_log(store.step(), control)
+        elif not control or not self._logged(phase):
+            self.event(PhaseStarted(phase, self.recipe.training.steps))
+        self.accelerator.wait_for_everyone()
+        return train(
+            student,
+            self._objective(None if control else teacher),
+            self.job.items,
+            self.recipe,
+            self.accelerator,
+            store=store,
+            on_event=self.event,
+            resume=resume,
+            evaluate=None if control else self._evaluator(teacher),
+            control=control,
+        )
+
+    def _objective(self, teacher: nn.Module | None) -> Objective:
+        tokenizer = self.job.processor if self.job.source.modality == "text" else None
+        return build_objective(
+            self.job.source.task,
+            self.recipe.training,
+            teacher,
+            mask_id=getattr(tokenizer, "mask_token_id", None),
+            vocabulary=None if tokenizer is None else len(tokenizer),
+        )
+
+    def _dense_control(self, teacher: nn.Module) -> EvalResult | None:
+        """Fine-tune the dense model as long; an encoder without a head has no loss of its own to be tuned by."""
+        if not self.recipe.dense_control or self.job.source.task == "encoder":
+            return None
+        set_seed(self.recipe.seed)
+        # Distillation froze the teacher.
+        control = copy.deepcopy(teacher).requires_grad_(True)
+        self._train(control, None, control=True)
+        return self._measured("dense_finetuned", control, teacher)
+
+    # -- figures -----------------------------------------------------------------------------------------------
+
+    def _evaluator(self, reference: nn.Module | None) -> Callable[[nn.Module], tuple[str, float]]:
+        def measure(model: nn.Module) -> tuple[str, float]:
+            result = self._evaluate(model, reference)
+            return result.metric_name, result.value
+
+        return measure
+
+    def _evaluate(self, model: nn.Module, reference: nn.Module | None) -> EvalResult:
+        training = model.training
+        model.eval()
+        result = evaluate_model(
+            model,
+            self.job.processor,
+            self.job.source.task,
+            self.job.heldout,
+            max_samples=self.recipe.eval_samples,
+            reference=reference,
+            device=self.accelerator.device,
+        )
+        model.train(training)
+        return result
+
+    def _measured(self, phase: str, model: nn.Module, reference: nn.Module | None) -> EvalResult:
+        """Evaluate once per run: what an earlier session measured is taken from the progress file."""
+        found = self.progress.setdefault("metrics", {})
+        if phase not in found:
+            self.event(PhaseStarted(f"evaluate {phase}"))
+            needs_reference = self.job.source.task == "encoder"
+            result = self._evaluate(model, model if needs_reference and reference is None else reference)
+            found[phase] = result.to_json()
+            steps = 0 if phase in ("dense", "initial") else self.recipe.training.steps
+            self.event(Evaluated(steps, result.metric_name, result.value, phase))
+            self._save_progress()
+        return EvalResult(**found[phase])
+
+    def _result(
+        self,
+        dense: EvalResult,
+        initial: EvalResult,
+        final: EvalResult,
+        control: EvalResult | None,
+        trained: TrainResult,
+    ) -> SparsifyResult:
+        plan = self.job.plan
+        return SparsifyResult(
+            output=str(self.folder.path),
+            task=self.job.source.task,
+            structure=self.recipe.structure,
+            sparsity_requested=plan.sparsity_requested,
+            sparsity_achieved=plan.sparsity_achieved,
+            whole_model_density=plan.whole_model_density,
+            layers=len(plan.layers),
+            steps=trained.steps,
+            seconds=time.perf_counter() - self.began,
+            tokens_or_images_seen=trained.items_seen * self._tokens_an_item(),
+            metric={
+                "name": final.metric_name,
+                "dense": dense.value,
+                "dense_finetuned": control.value if control else None,
+                "initial": initial.value,
+                "final": final.value,
+            },
+            kl_to_dense=final.kl_to_dense,
+            permutations=dict(trained.permutations),
+            dense_bytes=plan.dense_bytes(torch.float32),
+            packed_bytes=plan.packed_bytes(torch.float32, torch.float32),
+            train_data=self.job.train_corpus.name,
+            eval_data=self.job.heldout.name,
+            eval_digest=self.job.heldout.digest,
+            environment=environment(self.accelerator),
+        )
+
+    def _tokens_an_item(self) -> int:
+        return self.recipe.training.max_seq_length if self.job.source.modality == "text" else 1
+
+    # -- bookkeeping -------------------------------------------------------------------------------------------
+
+    def event(self, event: Event) -> None:
+        """Log an event and pass it on to the listener (on the main process)."""
+        self.folder.log(event)
+        if self.folder.main:
+            self.listener(event)
+
+    def _logged(self, phase: str) -> bool:
+        return any(e["event"] == "PhaseStarted" and e["phase"] == phase for e in self.folder.events())
+
+    def _save_progress(self) -> None:
+        self.progress["seconds"] = time.perf_counter() - self.began
+        self.folder.save_progress(self.progress)
+
+
+def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:
+    """Keep the start of training on disk, whole or not at all, so that a resumed run need not calibrate again."""
+    raw = {
+        name: {key: value for key, value in vars(start).items() if key not in ("name", "structure")}
+        for name, start in starts.items()
+    }
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".start", delete=False) as handle:
+        torch.save(raw, handle)
+    Path(handle.name).replace(path)
+
+
+@torch.no_grad()
+def load_starts(path: Path, job: Job, student: nn.Module) -> dict[str, LayerStart]:
+    """Inverse of `save_starts`; puts the sparse weights into `student` as calibration would have."""
+    raw = torch.load(path, weights_only=True, map_location=next(student.parameters()).device)
+    starts = {}
+    for layer in job.plan.layers:
+        start = LayerStart(name=layer.name, structure=layer.structure, **raw[layer.name])
+        weight = from_structure(start.weight, start.perm_in, start.perm_out)
+        student.get_submodule(layer.name).get_parameter("weight").copy_(weight.T if layer.transposed else weight)
+        starts[layer.name] = start
+    return starts

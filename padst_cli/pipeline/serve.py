@@ -1,0 +1,114 @@
+"""Using what was written: generate text, time it, look into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from padst_cli.bench import BenchResult, random_sparse
+from padst_cli.bench import bench as bench_model
+from padst_cli.checkpoint.format import VALUE_DTYPES
+from padst_cli.checkpoint.reader import open_source
+from padst_cli.errors import PadstError
+from padst_cli.events import Message, OnEvent, PhaseStarted, ignore
+from padst_cli.recipe import Recipe
+from padst_cli.runtime.describe import Description, describe
+from padst_cli.runtime.generate import generate as generate_text
+from padst_cli.runtime.load import load, resolve_device, resolve_dtype
+from padst_cli.runtime.quantizer import kernels_of
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What `padst generate` reports; `tokens_per_s` is new tokens over the whole call, prompt included."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    tokens_per_s: float
+    device: str
+    kernels: list[str]
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    device: str = "auto",
+    dtype: str | None = None,
+    seed: int = 0,
+) -> GenerateResult:
+    """Go on from `prompt` with a dense or sparse causal LM; raises `PadstError` for models that generate no text."""
+    loaded = load(model, device=device, dtype=dtype)
+    said = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return GenerateResult(
+        prompt=prompt,
+        text=said.text,
+        prompt_tokens=said.prompt_tokens,
+        new_tokens=said.new_tokens,
+        seconds=said.seconds,
+        tokens_per_s=said.tokens_per_second,
+        device=str(loaded.device),
+        kernels=kernels_of(loaded.model, 1, said.prompt_tokens),
+    )
+
+
+def inspect(folder: Path | str, *, device: str = "auto") -> Description:
+    """What is in a padst folder, layer by layer; raises `PadstError` for the first thing that is wrong with it."""
+    return describe(str(folder), device=resolve_device(device))
+
+
+def bench(
+    model: str,
+    *,
+    tokens: tuple[int, ...] = (1, 32, 512),
+    threads: int | None = None,
+    layers_only: bool = False,
+    random_recipe: Recipe | None = None,
+    value_dtype: str = "float32",
+    break_even: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    seed: int = 0,
+    on_event: OnEvent = ignore,
+) -> BenchResult:
+    """Time a padst folder, or a config with random weights made sparse after `random_recipe`, against itself made
+    dense.
+
+    Dense speed does not depend on the values of the weights, so no dense checkpoint is needed. `value_dtype` counts for
+    random weights; a folder's is its own.
+    """
+    if random_recipe is None:
+        loaded = load(model, device=device, dtype=dtype)
+        task, sparse = loaded.source.task, loaded.model
+    else:
+        if value_dtype not in VALUE_DTYPES:
+            raise PadstError(f"--value-dtype '{value_dtype}' is unknown; choose one of {', '.join(VALUE_DTYPES)}")
+        source = open_source(model, weights=False)
+        task, sparse = (
+            source.task,
+            random_sparse(
+                source,
+                random_recipe,
+                value_dtype=VALUE_DTYPES[value_dtype],
+                dtype=resolve_dtype(dtype) or torch.float32,
+                device=resolve_device(device),
+            ),
+        )
+    on_event(PhaseStarted("bench"))
+    return bench_model(
+        sparse,
+        task=task,
+        tokens=tokens,
+        threads=threads,
+        layers_only=layers_only,
+        break_even=break_even,
+        seed=seed,
+        on_progress=lambda done, total, what: on_event(Message(f"{done}/{total} {what}")),
+    )

@@ -1,0 +1,132 @@
+"""What a user can get wrong: one sentence, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import Padst
+
+
+@pytest.fixture
+def run(padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path) -> Callable[..., str]:
+    """A sparsify command that would work but for what the test changes; gives the error sentence."""
+
+    def run(**changes: object) -> str:
+        arguments: dict[str, object] = {
+            "model": gpt2,
+            "structure": "diag",
+            "sparsity": 0.5,
+            "data": train_text,
+            "eval-data": heldout_text,
+            "max-seq-length": 32,
+            "steps": 1,
+            "output": tmp_path / "out",
+        }
+        arguments |= {key.replace("_", "-"): value for key, value in changes.items()}
+        model = arguments.pop("model")
+        flags = [part for key, value in arguments.items() for part in (f"--{key}", value)]
+        sentence = padst.error("sparsify", model, *flags)
+        if "output" not in changes:
+            assert not (tmp_path / "out").exists(), "bad input must leave nothing behind"
+        return sentence
+
+    return run
+
+
+def test_unknown_model(run: Callable[..., str], tmp_path: Path) -> None:
+    assert "nowhere" in run(model=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, 1.5, -0.2])
+def test_sparsity_outside_the_open_interval(run: Callable[..., str], sparsity: float) -> None:
+    assert "between 0 and 1" in run(sparsity=sparsity)
+
+
+def test_unknown_structure(run: Callable[..., str]) -> None:
+    assert "diag" in run(structure="diagonal")
+
+
+def test_missing_and_empty_data(run: Callable[..., str], tmp_path: Path) -> None:
+    assert "gone.txt" in run(data=tmp_path / "gone.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt" in run(data=tmp_path / "empty.txt")
+
+
+def test_text_shorter_than_the_context(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The cat.")
+    assert "short" in run(data=tmp_path / "short.txt")
+
+
+def test_context_longer_than_the_model(run: Callable[..., str]) -> None:
+    assert "64 positions" in run(max_seq_length=128)
+
+
+def test_structure_that_fits_no_layer(run: Callable[..., str]) -> None:
+    assert "fits no layer" in run(structure="diag", band=1000)
+
+
+def test_patterns_that_match_nothing(run: Callable[..., str]) -> None:
+    assert "c_fc" in run(targets="c_fcc")
+
+
+def test_nan_weights(run: Callable[..., str], gpt2: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(gpt2, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 3] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "transformer.h.1.mlp.c_fc.weight" in run(model=broken)
+
+
+def test_pickle_only(run: Callable[..., str], gpt2: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(gpt2, pickled)
+    tensors = load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    assert "safetensors" in run(model=pickled)
+
+
+def test_existing_output_is_kept(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in run(output=tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_spares_foreign_folders(padst: Padst, gpt2: Path, train_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    padst.error(
+        "sparsify", gpt2, "--data", train_text, "--eval-data", train_text, "--output", tmp_path / "full", "--overwrite"
+    )
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+
+
+def test_misspelt_recipe_key_names_the_nearest(run: Callable[..., str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("sparsty: 0.5\n")
+    assert "'sparsity'" in run(recipe=recipe)
+
+
+def test_nothing_to_resume(padst: Padst, gpt2: Path, sparsified: Callable[..., Path], tmp_path: Path) -> None:
+    assert "no unfinished run" in padst.error("sparsify", gpt2, "--output", tmp_path / "none", "--resume")
+    assert "finished" in padst.error("sparsify", gpt2, "--output", sparsified("diag"), "--resume")
+
+
+def test_sparse_model_is_not_sparsified_again(run: Callable[..., str], sparsified: Callable[..., Path]) -> None:
+    assert "dense" in run(model=sparsified("diag"))
+
+
+def test_json_error_is_one_object(padst: Padst, tmp_path: Path) -> None:
+    import json
+
+    result = padst("inspect", tmp_path / "nowhere", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]
