@@ -92,7 +92,7 @@ def sparsify(
     try:
         return run.execute(teacher)
     except Interrupted as error:
-        raise Interrupted(f"{error}; go on with: {resume_command(model, folder.path)}") from None
+        raise Interrupted(f"stopped, the state is saved; go on with: {resume_command(model, folder.path)}") from error
 
 
 def _check_heldout(job: Job, teacher: nn.Module) -> None:
