@@ -7,6 +7,7 @@ mean of the whole batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ IGNORED = -100
 _MASK_SHARE = 0.15
 
 
-class Objective:
+class Objective(ABC):
     """A task's loss and the distillation that goes with it; `teacher` None leaves the task's loss alone."""
 
     flags: ClassVar[Mapping[str, bool]] = MappingProxyType({})
@@ -65,9 +66,9 @@ class Objective:
         share = self.recipe.distill_weight
         return (1.0 - share) * terms["task"] + share * terms["distill"]
 
+    @abstractmethod
     def task_loss(self, output: Any, batch: Batch) -> Tensor | None:
         """The task's own loss of the student's output, None where the batch has no labels for it."""
-        raise NotImplementedError
 
     def distill_loss(self, output: Any, target: Any) -> Tensor:
         """T^2 KL(teacher || student) of the logits at temperature T, mean over positions (Hinton et al., 2015)."""
