@@ -1,0 +1,184 @@
+/* padst_forward for one instruction set; the including file defines LANES and ENGINE, the name of its function table.
+ *
+ * Two ways, for few tokens and for many. Few: each token's inputs are gathered once, threads share the outputs, and what
+ * counts is to read the weights at full bandwidth. Many: threads take tiles of tokens, transposed to [inputs][tokens], so
+ * that a weight is broadcast over vectors of tokens, and every structure runs from the same tile.
+ */
+#include "diag.h"
+#include "engine_table.h"
+
+#include <stdatomic.h>
+
+/* What a structure gives: functions for constant value types. `rows`: sums of units [from, to) for `tokens` gathered rows
+ * (1, 2, 4 or 8). `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64). `pad`: what stands in front
+ * and behind the inputs, `width` floats an input. */
+struct kernel {
+    int unit, few, margin;
+    void (*rows)(const struct padst_image *, const float *x, long ldx, float *y, long ldy, int from, int to, int tokens);
+    void (*tile)(const struct padst_image *, const float *tile, float *sums, int from, int to, int width);
+    void (*pad)(const struct padst_image *, float *x, long width);
+};
+
+#define DIAG_INSTANCE(NAME, TYPE)                                                                                      \
+    static void diag_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, \
+                                 int to, int tokens) {                                                                 \
+        diag_rows(image, x, ldx, y, ldy, from, to, TYPE, tokens);                                                      \
+    }                                                                                                                  \
+    static void diag_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,    \
+                                 int width) {                                                                          \
+        if (width >= 64) diag_tile(image, tile, sums, from, to, TYPE, 64 / LANES);                                     \
+        else if (width >= 32) diag_tile(image, tile, sums, from, to, TYPE, 32 / LANES);                                \
+        else if (width >= 16) diag_tile(image, tile, sums, from, to, TYPE, 16 / LANES);                                \
+        else diag_tile(image, tile, sums, from, to, TYPE, 1);                                                          \
+    }
+
+DIAG_INSTANCE(f32, PADST_F32)
+DIAG_INSTANCE(bf16, PADST_BF16)
+DIAG_INSTANCE(f16, PADST_F16)
+
+static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
+
+static const struct kernel kernels[PADST_STRUCTURES][3] = {
+    [PADST_DIAG] = {{CHUNK, 8, CHUNK, diag_rows_f32, diag_tile_f32, pad_diag},
+                    {CHUNK, 8, CHUNK, diag_rows_bf16, diag_tile_bf16, pad_diag},
+                    {CHUNK, 8, CHUNK, diag_rows_f16, diag_tile_f16, pad_diag}},
+};
+
+#define SMALLEST_TILE (LANES < 16 ? 8 : LANES)
+#define LARGEST_TILE 64
+
+/* One call: what was asked, and how it is cut into tasks. */
+struct call {
+    const struct padst_image *image;
+    const struct kernel *kernel;
+    const void *x, *bias;
+    void *y;
+    int type, width, splits;
+    long tokens, ldx, ldy;
+    float *gathered, *sums;
+    atomic_int failed;
+};
+
+static long round_up(long value, long step) { return (value + step - 1) / step * step; }
+
+static int units(const struct call *call) {
+    return (call->image->out_features + call->kernel->unit - 1) / call->kernel->unit;
+}
+
+static void gather(const struct call *call, long token, float *to) {
+    int in = call->image->in_features;
+    const int32_t *perm = section(call->image, call->image->perm_in);
+    if (call->type == PADST_F32) gather_row(call->x, token * in, PADST_F32, perm, in, to);
+    else if (call->type == PADST_BF16) gather_row(call->x, token * in, PADST_BF16, perm, in, to);
+    else gather_row(call->x, token * in, PADST_F16, perm, in, to);
+}
+
+static void scatter(const struct call *call, const float *z, long token) {
+    int out = call->image->out_features;
+    const int32_t *perm = section(call->image, call->image->perm_out);
+    if (call->type == PADST_F32) scatter_row(z, perm, out, PADST_F32, call->bias, call->y, token * out);
+    else if (call->type == PADST_BF16) scatter_row(z, perm, out, PADST_BF16, call->bias, call->y, token * out);
+    else scatter_row(z, perm, out, PADST_F16, call->bias, call->y, token * out);
+}
+
+static void transpose_in(const struct call *call, long token, int n, float *tile) {
+    int in = call->image->in_features;
+    const int32_t *inverse = section(call->image, call->image->inv_in);
+    const char *x = (const char *)call->x + token * in * (long)type_bytes(call->type);
+    if (call->type == PADST_F32) tile_in(x, n, in, PADST_F32, inverse, tile, call->width);
+    else if (call->type == PADST_BF16) tile_in(x, n, in, PADST_BF16, inverse, tile, call->width);
+    else tile_in(x, n, in, PADST_F16, inverse, tile, call->width);
+}
+
+static void transpose_out(const struct call *call, const float *sums, long token, int n, int first, int rows) {
+    long out = call->image->out_features;
+    const int32_t *perm = section(call->image, call->image->perm_out);
+    char *y = (char *)call->y + token * out * (long)type_bytes(call->type);
+    if (call->type == PADST_F32) tile_out(sums, call->width, n, rows, perm, PADST_F32, call->bias, y, out, first);
+    else if (call->type == PADST_BF16) tile_out(sums, call->width, n, rows, perm, PADST_BF16, call->bias, y, out, first);
+    else tile_out(sums, call->width, n, rows, perm, PADST_F16, call->bias, y, out, first);
+}
+
+/* -- few tokens ---------------------------------------------------------------------------------------------------- */
+
+static void rows_task(void *context, int64_t index) {
+    struct call *call = context;
+    long all = units(call), from = all * index / call->splits, to = all * (index + 1) / call->splits;
+    call->kernel->rows(call->image, call->gathered, call->ldx, call->sums, call->ldy, (int)from, (int)to, call->width);
+}
+
+static int run_rows(struct call *call, int threads) {
+    const struct kernel *kernel = call->kernel;
+    /* Rows of a power of two bytes would all fall into the same cache sets. */
+    call->ldx = round_up(call->image->in_features + 2 * kernel->margin, 16) + 16;
+    call->ldy = round_up(call->image->out_features, kernel->unit) + 16;
+    float *x = padst_scratch(SCRATCH_X, 8 * call->ldx * sizeof(float));
+    call->sums = padst_scratch(SCRATCH_Y, 8 * call->ldy * sizeof(float));
+    if (!x || !call->sums) return PADST_NO_MEMORY;
+    call->gathered = x + kernel->margin;
+    call->splits = threads < units(call) ? threads : units(call);
+    for (long token = 0; token < call->tokens; token += call->width) {
+        long n = call->tokens - token < kernel->few ? call->tokens - token : kernel->few;
+        call->width = n > 4 ? 8 : n > 2 ? 4 : (int)n;
+        for (int t = 0; t < call->width; t++) {
+            float *row = call->gathered + t * call->ldx;
+            if (t < n) gather(call, token + t, row);
+            else memset(row, 0, call->image->in_features * sizeof(float));
+            kernel->pad(call->image, row, 1);
+        }
+        padst_parallel(threads, call->splits, rows_task, call);
+        for (int t = 0; t < n; t++) scatter(call, call->sums + t * call->ldy, token + t);
+    }
+    return PADST_OK;
+}
+
+/* -- many tokens --------------------------------------------------------------------------------------------------- */
+
+static void tile_task(void *context, int64_t index) {
+    struct call *call = context;
+    const struct kernel *kernel = call->kernel;
+    const struct padst_image *image = call->image;
+    long token = index / call->splits * call->width, split = index % call->splits, all = units(call);
+    int n = (int)(call->tokens - token < call->width ? call->tokens - token : call->width);
+    int from = (int)(all * split / call->splits), to = (int)(all * (split + 1) / call->splits);
+    /* Outputs that are permuted are read from all sums at once, others leave while they are in the cache. */
+    int step = image->perm_out ? to - from : ROW_TILE / kernel->unit;
+    float *tile = padst_scratch(SCRATCH_X, (image->in_features + 2L * kernel->margin) * call->width * sizeof(float));
+    float *sums = padst_scratch(SCRATCH_Y, (long)step * kernel->unit * call->width * sizeof(float));
+    if (!tile || !sums) {
+        call->failed = 1;
+        return;
+    }
+    float *inner = tile + (long)kernel->margin * call->width;
+    transpose_in(call, token, n, inner);
+    kernel->pad(image, inner, call->width);
+    for (int unit = from; unit < to; unit += step) {
+        int end = unit + step < to ? unit + step : to, first = unit * kernel->unit, last = end * kernel->unit;
+        kernel->tile(image, inner, sums, unit, end, call->width);
+        transpose_out(call, sums, token, n, first, (last < image->out_features ? last : image->out_features) - first);
+    }
+}
+
+static int run_tiles(struct call *call, int threads) {
+    int width = LARGEST_TILE;
+    while (width > SMALLEST_TILE && width / 2 >= call->tokens) width /= 2;
+    /* Permuted outputs cannot be split between threads: narrower tiles then give each thread one. */
+    while (call->image->perm_out && width > SMALLEST_TILE && (call->tokens + width - 1) / width < threads) width /= 2;
+    long tiles = (call->tokens + width - 1) / width;
+    call->width = width;
+    call->splits = tiles >= threads || call->image->perm_out ? 1 : (int)((threads + tiles - 1) / tiles);
+    if (call->splits > units(call)) call->splits = units(call);
+    padst_parallel(threads, tiles * call->splits, tile_task, call);
+    return call->failed ? PADST_NO_MEMORY : PADST_OK;
+}
+
+static int forward(const struct padst_image *image, const void *x, int type, const void *bias, void *y, int64_t tokens,
+                   int threads) {
+    struct call call = {.image = image, .kernel = &kernels[image->structure][image->value_type],
+                        .x = x, .bias = bias, .y = y, .type = type, .tokens = tokens};
+    if (!call.kernel->rows) return PADST_BAD_IMAGE;
+    if (tokens <= call.kernel->few) return run_rows(&call, threads);
+    return run_tiles(&call, threads);
+}
+
+const struct padst_engine ENGINE = {forward};

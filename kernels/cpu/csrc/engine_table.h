@@ -1,0 +1,13 @@
+/* What each instruction set's build of the kernels offers to padst.c. */
+#ifndef PADST_ENGINE_TABLE_H
+#define PADST_ENGINE_TABLE_H
+
+#include "padst.h"
+
+struct padst_engine {
+    int (*forward)(const struct padst_image *image, const void *x, int type, const void *bias, void *y, int64_t tokens,
+                   int threads);
+};
+
+extern const struct padst_engine padst_engine_portable, padst_engine_avx2, padst_engine_avx512;
+#endif

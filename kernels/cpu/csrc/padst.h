@@ -1,0 +1,80 @@
+/* The C interface of padst's CPU kernels: sparse linear layers y = (S x[perm_in])[perm_out] + b.
+ *
+ * A layer is run from its *image*: one block of bytes that holds everything a kernel reads (values, indices and
+ * permutations, in the kernel's own order), with offsets instead of pointers, so that it can be copied, kept in a
+ * tensor and memory-mapped. padst_pack_* makes an image from the packed tensors of a checkpoint, padst_unpack gives these
+ * back bit for bit. The layouts are described over the structures' own files (diag.h, nm.h, block.h).
+ *
+ * Matrices are row-major. Tokens are rows: x [tokens, in], y [tokens, out]. Values are stored as float32, bfloat16 or
+ * float16; all arithmetic is in float32. Functions return 0, or a negative padst_status.
+ */
+#ifndef PADST_H
+#define PADST_H
+
+#include <stdint.h>
+
+enum padst_type { PADST_F32 = 0, PADST_BF16 = 1, PADST_F16 = 2 };
+
+enum padst_structure { PADST_DIAG = 0, PADST_NM = 1, PADST_BLOCK = 2, PADST_STRUCTURES = 3 };
+
+enum padst_isa { PADST_PORTABLE = 0, PADST_AVX2 = 1, PADST_AVX512 = 2, PADST_ISAS = 3 };
+
+enum padst_status { PADST_OK = 0, PADST_NO_MEMORY = -1, PADST_BAD_IMAGE = -2, PADST_NOT_BUILT = -3 };
+
+#define PADST_MAGIC 0x50414453u
+#define PADST_IMAGE_VERSION 1
+#define PADST_ALIGN 64
+
+/* What every image begins with. Offsets are bytes from the image's start, multiples of PADST_ALIGN, 0 where absent. */
+struct padst_image {
+    uint32_t magic, version;
+    int32_t structure, value_type;
+    int32_t out_features, in_features;
+    int64_t bytes;
+    int64_t perm_in;  /* int32 [in]: column c of S reads input perm_in[c] */
+    int64_t perm_out; /* int32 [out]: output r is row perm_out[r] of S */
+    int64_t inv_in;   /* int32 [in]: the inverse of perm_in */
+    int64_t values, indices, starts; /* see the structure's file */
+    int32_t parameter[8];            /* likewise */
+};
+
+/* What all packers take: the shape, the values' type, and the permutations (NULL where there is none). */
+struct padst_layer {
+    int32_t out_features, in_features, value_type;
+    const int32_t *perm_in, *perm_out;
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Packers: return the image's bytes and, where `image` is not NULL, write it there (aligned to PADST_ALIGN). The tensors
+ * are those of the checkpoint format, unchecked. */
+int64_t padst_pack_diag(const struct padst_layer *layer, int32_t count, const int32_t *offsets, const void *values,
+                        void *image);
+int64_t padst_pack_nm(const struct padst_layer *layer, int32_t n, int32_t m, const uint8_t *indices,
+                      const void *values, void *image);
+int64_t padst_pack_block(const struct padst_layer *layer, int32_t block_size, int32_t count,
+                         const int32_t *row_offsets, const int32_t *col_indices, const void *values, void *image);
+
+/* The checkpoint's tensors again: `values` and the integer tensors in the order of the packer's arguments (`first`:
+ * offsets, indices or row_offsets; `second`: col_indices of blocks, else NULL). */
+int padst_unpack(const void *image, void *values, void *first, void *second);
+
+/* y = (S x[perm_in])[perm_out] + b for `tokens` rows on up to `threads` threads. x, bias (may be NULL) and y are all of
+ * type `type`. */
+int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads);
+
+/* Which instruction set serves padst_forward, and choosing one (PADST_NOT_BUILT where compiler or machine lack it). */
+int padst_isa(void);
+int padst_use_isa(int isa);
+
+/* Give the function that runs fn(data) on `threads` threads at once: GOMP_parallel of the OpenMP library that the
+ * process already has, so that there is one pool. Without one, everything runs on the calling thread. */
+typedef void (*padst_team)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
+void padst_set_team(padst_team team);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

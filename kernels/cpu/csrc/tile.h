@@ -1,0 +1,87 @@
+/* Between rows of tokens and what kernels compute on: gathered rows, and transposed tiles [features][tokens].
+ *
+ * Permutations are carried on the way: a gather reads x through perm_in, a transposed tile writes column c of x to row
+ * inv_in[c], and results are read through perm_out. So a permutation costs an index, not a pass over memory.
+ */
+#ifndef PADST_TILE_H
+#define PADST_TILE_H
+
+#include "simd.h"
+
+INLINE const void *section(const struct padst_image *image, int64_t offset) {
+    return offset ? (const char *)image + offset : NULL;
+}
+
+/* to[c] = x[perm_in[c]], perm_in NULL for the identity. */
+INLINE void gather_row(const void *x, long row, int type, const int32_t *perm_in, int in, float *to) {
+    int c = 0;
+    if (!perm_in) {
+        for (; c + 8 <= in; c += 8) *(v8 *)(to + c) = load8(x, row + c, type);
+        for (; c < in; c++) to[c] = load_one(x, row + c, type);
+    } else {
+        for (; c + 4 <= in; c += 4) {
+            float a = load_one(x, row + perm_in[c], type), b = load_one(x, row + perm_in[c + 1], type);
+            float d = load_one(x, row + perm_in[c + 2], type), e = load_one(x, row + perm_in[c + 3], type);
+            to[c] = a, to[c + 1] = b, to[c + 2] = d, to[c + 3] = e;
+        }
+        for (; c < in; c++) to[c] = load_one(x, row + perm_in[c], type);
+    }
+}
+
+/* y[r] = z[perm_out[r]] + bias[r]. */
+INLINE void scatter_row(const float *z, const int32_t *perm_out, int out, int type, const void *bias, void *y, long row) {
+    int r = 0;
+    if (!perm_out)
+        for (; r + 8 <= out; r += 8) {
+            v8 value = *(const v8 *)(z + r);
+            if (bias) value += load8(bias, r, type);
+            store8(y, row + r, type, value);
+        }
+    for (; r < out; r++) {
+        float value = z[perm_out ? perm_out[r] : r];
+        if (bias) value += load_one(bias, r, type);
+        store_one(y, row + r, type, value);
+    }
+}
+
+/* Tokens [0, n) of x [n, in] as tile [in][width], column c in row inv_in[c]; tokens n to width are zero. `width` and the
+ * tile's alignment are multiples of 8 floats. */
+INLINE void tile_in(const void *x, int n, int in, int type, const int32_t *inv_in, float *tile, int width) {
+    for (int t = 0; t < width; t += 8) {
+        int some = n - t < 8 ? n - t : 8, c = 0;
+        if (some <= 0) some = 0;
+        for (; c + 8 <= in; c += 8) {
+            v8 r[8];
+            UNROLL for (int i = 0; i < 8; i++) r[i] = i < some ? load8(x, (long)(t + i) * in + c, type) : (v8){0};
+            transpose8(r);
+            UNROLL for (int i = 0; i < 8; i++) *(v8 *)(tile + (long)(inv_in ? inv_in[c + i] : c + i) * width + t) = r[i];
+        }
+        for (; c < in; c++) {
+            float *to = tile + (long)(inv_in ? inv_in[c] : c) * width + t;
+            for (int i = 0; i < 8; i++) to[i] = i < some ? load_one(x, (long)(t + i) * in + c, type) : 0.0f;
+        }
+    }
+}
+
+/* y[t][r] = tile[perm_out[r]][t] + bias[r] for tokens [0, n) and outputs [0, rows); y has rows of `out`. */
+INLINE void tile_out(const float *tile, int width, int n, int rows, const int32_t *perm_out, int type, const void *bias,
+                     void *y, long out, long first) {
+    for (int t = 0; t < n; t += 8) {
+        int some = n - t < 8 ? n - t : 8, r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            v8 v[8];
+            UNROLL for (int i = 0; i < 8; i++)
+                v[i] = *(const v8 *)(tile + (long)(perm_out ? perm_out[r + i] : r + i) * width + t);
+            transpose8(v);
+            v8 shift = bias ? load8(bias, first + r, type) : (v8){0};
+            UNROLL for (int i = 0; i < 8; i++)
+                if (i < some) store8(y, (long)(t + i) * out + first + r, type, v[i] + shift);
+        }
+        for (; r < rows; r++) {
+            const float *from = tile + (long)(perm_out ? perm_out[r] : r) * width + t;
+            float shift = bias ? load_one(bias, first + r, type) : 0.0f;
+            for (int i = 0; i < some; i++) store_one(y, (long)(t + i) * out + first + r, type, from[i] + shift);
+        }
+    }
+}
+#endif

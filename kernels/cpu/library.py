@@ -1,0 +1,84 @@
+"""The compiled kernels as a shared library: found, opened, told about threads, and tested before it is trusted.
+
+A call through ctypes costs about two microseconds, a torch custom operator twenty: with one token that is the layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import warnings
+from pathlib import Path
+
+import torch
+
+ISAS = ("portable", "avx2", "avx512")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class LayerHeader(ctypes.Structure):
+    """`struct padst_layer` of padst.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("value_type", ctypes.c_int32),
+        ("perm_in", _POINTER),
+        ("perm_out", _POINTER),
+    )
+
+
+_HEADER = ctypes.POINTER(LayerHeader)
+_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+    "padst_pack_diag": (_LONG, (_HEADER, _INT, _POINTER, _POINTER, _POINTER)),
+    "padst_pack_nm": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER)),
+    "padst_pack_block": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "padst_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
+    "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),
+    "padst_isa": (_INT, ()),
+    "padst_use_isa": (_INT, (_INT,)),
+    "padst_set_team": (None, (_POINTER,)),
+}
+
+
+def find() -> Path | None:
+    """The file of the library, None where padst was installed without a C compiler."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_native{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Open the library at `path`, its functions typed, its threads those of torch's own OpenMP pool.
+
+    A pool of our own would fight torch's for the cores, whose threads wait by spinning. Where the process holds no
+    OpenMP library that knows GCC's entry, kernels run on the calling thread.
+    """
+    lib = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    team = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if team is not None:
+        lib.padst_set_team(ctypes.cast(team, _POINTER))
+    return lib
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library of this installation, opened once; None, after one warning, where there is none."""
+    path = find()
+    if path is None:
+        warnings.warn(
+            "padst was installed without its compiled kernels (no C compiler was found then): sparse layers run "
+            "through plain torch operations, mostly slower; install a C compiler and padst again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return open_library(path)
