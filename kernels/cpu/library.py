@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "padst_pack_nm": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER)),
     "padst_pack_block": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),
     "padst_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
+    "padst_unpack_permutations": (None, (_POINTER, _POINTER, _POINTER)),
     "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),
     "padst_isa": (_INT, ()),
     "padst_use_isa": (_INT, (_INT,)),

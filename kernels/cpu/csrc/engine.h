@@ -67,10 +67,10 @@ static int units(const struct call *call) {
 
 static void gather(const struct call *call, long token, float *to) {
     int in = call->image->in_features;
-    const int32_t *perm = section(call->image, call->image->perm_in);
-    if (call->type == PADST_F32) gather_row(call->x, token * in, PADST_F32, perm, in, to);
-    else if (call->type == PADST_BF16) gather_row(call->x, token * in, PADST_BF16, perm, in, to);
-    else gather_row(call->x, token * in, PADST_F16, perm, in, to);
+    const int32_t *inverse = section(call->image, call->image->inv_in);
+    if (call->type == PADST_F32) gather_row(call->x, token * in, PADST_F32, inverse, in, to);
+    else if (call->type == PADST_BF16) gather_row(call->x, token * in, PADST_BF16, inverse, in, to);
+    else gather_row(call->x, token * in, PADST_F16, inverse, in, to);
 }
 
 static void scatter(const struct call *call, const float *z, long token) {

@@ -31,9 +31,8 @@ struct padst_image {
     int32_t structure, value_type;
     int32_t out_features, in_features;
     int64_t bytes;
-    int64_t perm_in;  /* int32 [in]: column c of S reads input perm_in[c] */
+    int64_t inv_in;   /* int32 [in]: input c is column inv_in[c] of S (the inverse of perm_in) */
     int64_t perm_out; /* int32 [out]: output r is row perm_out[r] of S */
-    int64_t inv_in;   /* int32 [in]: the inverse of perm_in */
     int64_t values, indices, starts; /* see the structure's file */
     int32_t parameter[8];            /* likewise */
 };
@@ -60,6 +59,9 @@ int64_t padst_pack_block(const struct padst_layer *layer, int32_t block_size, in
 /* The checkpoint's tensors again: `values` and the integer tensors in the order of the packer's arguments (`first`:
  * offsets, indices or row_offsets; `second`: col_indices of blocks, else NULL). */
 int padst_unpack(const void *image, void *values, void *first, void *second);
+
+/* The permutations again, int32 [in] and [out]; either may be NULL, and is left alone where the layer has none. */
+void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *perm_out);
 
 /* y = (S x[perm_in])[perm_out] + b for `tokens` rows on up to `threads` threads. x, bias (may be NULL) and y are all of
  * type `type`. */

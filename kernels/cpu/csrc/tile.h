@@ -1,7 +1,6 @@
 /* Between rows of tokens and what kernels compute on: gathered rows, and transposed tiles [features][tokens].
  *
- * Permutations are carried on the way: a gather reads x through perm_in, a transposed tile writes column c of x to row
- * inv_in[c], and results are read through perm_out. So a permutation costs an index, not a pass over memory.
+ * Permutations are carried on the way: column c of x goes to place inv_in[c], and results are read through perm_out. So a permutation costs an index, not a pass over memory.
  */
 #ifndef PADST_TILE_H
 #define PADST_TILE_H
@@ -12,20 +11,12 @@ INLINE const void *section(const struct padst_image *image, int64_t offset) {
     return offset ? (const char *)image + offset : NULL;
 }
 
-/* to[c] = x[perm_in[c]], perm_in NULL for the identity. */
-INLINE void gather_row(const void *x, long row, int type, const int32_t *perm_in, int in, float *to) {
+/* to[inv_in[c]] = x[c], inv_in NULL for the identity: stores, not loads, set the pace either way. */
+INLINE void gather_row(const void *x, long row, int type, const int32_t *inv_in, int in, float *to) {
     int c = 0;
-    if (!perm_in) {
+    if (!inv_in)
         for (; c + 8 <= in; c += 8) *(v8 *)(to + c) = load8(x, row + c, type);
-        for (; c < in; c++) to[c] = load_one(x, row + c, type);
-    } else {
-        for (; c + 4 <= in; c += 4) {
-            float a = load_one(x, row + perm_in[c], type), b = load_one(x, row + perm_in[c + 1], type);
-            float d = load_one(x, row + perm_in[c + 2], type), e = load_one(x, row + perm_in[c + 3], type);
-            to[c] = a, to[c + 1] = b, to[c + 2] = d, to[c + 3] = e;
-        }
-        for (; c < in; c++) to[c] = load_one(x, row + perm_in[c], type);
-    }
+    for (; c < in; c++) to[inv_in ? inv_in[c] : c] = load_one(x, row + c, type);
 }
 
 /* y[r] = z[perm_out[r]] + bias[r]. */
