@@ -144,8 +144,8 @@ def bench(
                     rates = _model_rates(sparse, dense, task, max(tokens), stopwatch, seed, progress)
     finally:
         torch.set_num_threads(before)
-    values = next(iter(packed.values())).values
-    return BenchResult(str(device.type), threads, _name(dtype), _name(values.dtype), tuple(rows), rates, limits)
+    value_dtype = next(iter(packed.values())).value_dtype
+    return BenchResult(str(device.type), threads, _name(dtype), _name(value_dtype), tuple(rows), rates, limits)
 
 
 def random_sparse(
@@ -320,7 +320,7 @@ def _at_density(layer: PackedLinear, density: float, bencher: _LayerBench) -> Pa
         return None
     bias = None if layer.bias is None else layer.bias.detach().cpu()
     perms = tuple(None if perm is None else perm.cpu() for perm in layer.permutations())
-    transposed, values = layer.format.transposed, layer.values.dtype
+    transposed, values = layer.format.transposed, layer.value_dtype
     made = _random_packed(structure, bias, (perms[0], perms[1]), values, bencher.dtype, transposed, bencher.generator)
     return made.to(bencher.device)
 

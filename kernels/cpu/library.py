@@ -32,7 +32,7 @@ class LayerHeader(ctypes.Structure):
 
 
 _HEADER = ctypes.POINTER(LayerHeader)
-_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_pack_diag": (_LONG, (_HEADER, _INT, _POINTER, _POINTER, _POINTER)),
     "padst_pack_nm": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER)),
     "padst_pack_block": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),

@@ -1,9 +1,14 @@
-"""Sparse layers through padst's own C kernels (csrc/padst.h): one image a layer, which replaces the packed tensors."""
+"""Sparse layers through padst's own C kernels (csrc/padst.h).
+
+A layer runs from its *image*, one block of bytes in the kernels' order that replaces the packed tensors of the
+checkpoint and gives them back bit for bit, so that nothing is held twice.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,110 +18,154 @@ from .library import ISAS, TYPES, LayerHeader, library
 
 ALIGN = 64
 MOST_INPUTS = 65_000
-"""Diagonals keep their starts in 16 bits."""
+"""Kernels keep positions of inputs in 16 bits."""
 
 _TENSORS = {"diag": ("offsets",), "nm": ("indices",), "block": ("row_offsets", "col_indices")}
 
 
-def supports(layout: Layout) -> bool:
-    """Whether the compiled kernels are there and take this layer."""
-    return (
-        layout.structure in _TENSORS
-        and layout.in_features <= MOST_INPUTS
-        and layout.tensors["values"].dtype in TYPES
-        and layout.tensors["values"].device.type == "cpu"
-        and library() is not None
+def serves(structure: str, in_features: int, device: torch.device) -> bool:
+    """Whether the compiled kernels are there and take such a layer on this device."""
+    return structure in _TENSORS and in_features <= MOST_INPUTS and device.type == "cpu" and library() is not None
+
+
+def kernel_name(structure: str) -> str:
+    """The name of the compiled kernel for a structure: the instruction set it runs on, and the structure."""
+    return f"cpu-{ISAS[_library().padst_isa()]}-{structure}"
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the compiled kernels compute on such an input: float32, bfloat16 or float16, on the CPU."""
+    return x.dtype in TYPES and x.device.type == "cpu"
+
+
+class NativeKernel:
+    """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
+
+    Gradients reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.name = kernel_name(layout.structure)
+        self.structure = layout.structure
+        self.out_features, self.in_features = layout.out_features, layout.in_features
+        self.image = _pack(layout)
+        self._address = self.image.data_ptr()
+        self._forward = _library().padst_forward
+
+    def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]) -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of x."""
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            result: Tensor = _WithGradient.apply(self, x, bias, materialise)
+            return result
+        return self.run(x, bias)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same without a record for gradients."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        status = self._forward(
+            self._address,
+            x.data_ptr(),
+            TYPES[x.dtype],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // self.in_features,
+            torch.get_num_threads(),
+        )
+        if status:
+            raise MemoryError(f"{self.name} [{self.out_features}, {self.in_features}] failed with status {status}")
+        return y
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
+        keys = _TENSORS[self.structure]
+        indices = [tensors[key].data_ptr() for key in keys] + [None] * (2 - len(keys))
+        status = _library().padst_unpack(self._address, tensors["values"].data_ptr(), *indices)
+        if status:
+            raise MemoryError(f"{self.name}: the image could not be read back (status {status})")
+        perms = (_pointer(tensors.get("perm_in")), _pointer(tensors.get("perm_out")))
+        _library().padst_unpack_permutations(self._address, *perms)
+
+    def resident_bytes(self) -> int:
+        """Bytes of the image."""
+        return self.image.numel()
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: NativeKernel, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]
+    ) -> Tensor:
+        ctx.materialise = materialise
+        return kernel.run(x.detach(), None if bias is None else bias.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        (dy,) = grads
+        dx = dy @ ctx.materialise().to(dy.dtype) if ctx.needs_input_grad[1] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return None, dx, db, None
+
+
+@torch.library.custom_op("padst::sparse_linear", mutates_args=())
+def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """The kernel as a torch operator, for graphs: x `[..., in]`, image uint8 `[bytes]` -> `[..., out_features]`.
+
+    Eager code calls `NativeKernel`: an operator costs ten times as much a call.
+    """
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    tokens = x.numel() // x.shape[-1]
+    status = _library().padst_forward(
+        image.data_ptr(), x.data_ptr(), TYPES[x.dtype], _pointer(bias), y.data_ptr(), tokens, torch.get_num_threads()
     )
+    if status:
+        raise MemoryError(f"padst::sparse_linear failed with status {status}")
+    return y
+
+
+@sparse_linear.register_fake
+def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    del image, bias
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _library() -> ctypes.CDLL:
+    lib = library()
+    if lib is None:
+        raise RuntimeError("padst's compiled kernels are not installed")
+    return lib
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def pack_image(layout: Layout) -> Tensor:
+def _pack(layout: Layout) -> Tensor:
     """The layer's image, uint8 `[bytes]` on a 64-byte boundary, from its packed tensors and permutations."""
-    lib = library()
-    assert lib is not None
     values = layout.tensors["values"].contiguous()
     perms = [None if perm is None else perm.to(torch.int32).contiguous() for perm in (layout.perm_in, layout.perm_out)]
     header = LayerHeader(
         layout.out_features, layout.in_features, TYPES[values.dtype], _pointer(perms[0]), _pointer(perms[1])
     )
     indices = [layout.tensors[key].contiguous() for key in _TENSORS[layout.structure]]
-    sizes = {
-        "diag": lambda: (len(values),),
-        "nm": lambda: (int(layout.parameters["n"]), int(layout.parameters["m"])),
-        "block": lambda: (int(layout.parameters["block_size"]), len(values)),
-    }[layout.structure]()
-    pack = getattr(lib, f"padst_pack_{layout.structure}")
+    if layout.structure == "nm":
+        sizes: tuple[int, ...] = (int(layout.parameters["n"]), int(layout.parameters["m"]))
+    elif layout.structure == "block":
+        sizes = (int(layout.parameters["block_size"]), len(values))
+    else:
+        sizes = (len(values),)
+    pack = getattr(_library(), f"padst_pack_{layout.structure}")
     arguments = (ctypes.byref(header), *sizes, *(index.data_ptr() for index in indices), values.data_ptr())
     size = pack(*arguments, None)
     if size < 0:
-        raise MemoryError(f"no image of a {layout.structure} layer [{layout.out_features}, {layout.in_features}]")
-    image = aligned(size)
-    pack(*arguments, image.data_ptr())
-    return image
-
-
-def aligned(size: int) -> Tensor:
-    """An uninitialised uint8 `[size]` that begins on a 64-byte boundary."""
+        raise MemoryError(f"no memory for a {layout.structure} layer [{layout.out_features}, {layout.in_features}]")
     room = torch.empty(size + ALIGN, dtype=torch.uint8)
     shift = -room.data_ptr() % ALIGN
-    return room[shift : shift + size]
-
-
-def unpack_image(image: Tensor, tensors: Mapping[str, Tensor], structure: str) -> None:
-    """Fill `tensors` (the packed tensors of the checkpoint, allocated) with what the image was made of, bit for bit."""
-    lib = library()
-    assert lib is not None
-    indices = [tensors[key].data_ptr() for key in _TENSORS[structure]]
-    status = lib.padst_unpack(image.data_ptr(), tensors["values"].data_ptr(), indices[0], (indices[1:] or [None])[0])
-    if status:
-        raise MemoryError(f"the image of a {structure} layer could not be read back (status {status})")
-
-
-class NativeKernel:
-    """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
-
-    Gradients reach neither x nor the weight: callers that need them take another kernel.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        lib = library()
-        assert lib is not None
-        self._forward = lib.padst_forward
-        self._shape = (layout.out_features, layout.in_features)
-        self.image = pack_image(layout)
-        self._address = self.image.data_ptr()
-        self.name = f"cpu-{ISAS[lib.padst_isa()]}-{layout.structure}"
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of x."""
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self._shape[0])
-        at_bias = None
-        if bias is not None:
-            if bias.dtype != x.dtype:
-                bias = bias.to(x.dtype)
-            at_bias = bias.data_ptr()
-        status = self._forward(
-            self._address,
-            x.data_ptr(),
-            TYPES[x.dtype],
-            at_bias,
-            y.data_ptr(),
-            x.numel() // self._shape[1],
-            torch.get_num_threads(),
-        )
-        if status:
-            raise MemoryError(f"{self.name} ran out of memory")
-        return y
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Nothing is left to make: the image serves every dtype of x."""
-        del dtype
-
-    def resident_bytes(self) -> int:
-        """Bytes of the image."""
-        return self.image.numel()
+    image = room[shift : shift + size]
+    pack(*arguments, image.data_ptr())
+    return image

@@ -117,7 +117,10 @@ def _describe_layer(
         perm_out=_side(tensors.get("perm_out")),
         dead_rows=int((~support.any(dim=1)).sum()),
         dead_columns=int((~support.any(dim=0)).sum()),
-        kernels={str(count): str(kernel_name(structure.name, structure.density, device, count)) for count in TOKENS},
+        kernels={
+            str(count): str(kernel_name(structure.name, structure.density, structure.in_features, device, count))
+            for count in TOKENS
+        },
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from padst_kernels.dispatch import Layout, kernel_name, prepare, select
+from padst_kernels.dispatch import Layout, NativeKernel, compact, kernel_name, prepare, select, takes_compact
 from torch import Tensor, nn
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
@@ -23,6 +23,10 @@ class PackedLinear(nn.Module):
     is not). The empty parameter `weight` stands in the file under the dense weight's name, so that a program that
     does not know the format stops on its shape; it also answers code that asks a layer for its weight's dtype or
     device.
+
+    A layer is *compact* from its first call on, where compiled kernels serve it: their image holds the values and
+    indices in the order they are read in, and the packed tensors are freed. Whatever asks for these (an attribute, a
+    state dict, a move or cast, a copy) gets them back bit for bit, and the next call compacts again.
     """
 
     def __init__(
@@ -41,6 +45,9 @@ class PackedLinear(nn.Module):
         self.out_features = layer_format.structure.out_features
         self.in_features = layer_format.structure.in_features
         self._layout: tuple[Any, Layout] | None = None
+        self._native: NativeKernel | None = None
+        self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
+        self._value_dtype = value_dtype
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         for key, (shape, kind) in layer_format.tensors(value_dtype).items():
             tensor = torch.empty(shape, dtype=kind, device=device)
@@ -91,17 +98,24 @@ class PackedLinear(nn.Module):
         """`[..., in] -> [..., out]`."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
-        tracing = torch.compiler.is_compiling()
-        if tracing:
-            _prepare_for_tracing(self, x.dtype)
-        layout = self._layout[1] if tracing and self._layout else self._current_layout()
-        result: Tensor = select(layout, x.device, x.numel() // self.in_features)(x, self.bias)
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        if takes_compact(x):
+            kernel = self._native or self._compact()
+            if kernel is not None:
+                return kernel(x, self._parameters["bias"], self.dense_weight)
+        result: Tensor = select(self._current_layout(), x.numel() // self.in_features)(x, self.bias)
         return result
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The dtype of the stored values."""
+        return self._value_dtype if self._native is not None else self.values.dtype
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The structure's packed tensors by their names in the file, permutations and bias excluded."""
-        keys = self.format.structure.layout(self.values.dtype)
-        return {key: getattr(self, key).detach() for key in keys}
+        stored = self._stored()
+        return {key: stored[key] for key in self.format.structure.layout(self.value_dtype)}
 
     def structured_weight(self) -> Tensor:
         """S `[out, in]`, dense, in the dtype of the values."""
@@ -113,8 +127,8 @@ class PackedLinear(nn.Module):
 
     def permutations(self) -> tuple[Tensor | None, Tensor | None]:
         """(perm_in, perm_out), None where the layer has none."""
-        buffers = dict(self.named_buffers(recurse=False))
-        return buffers.get("perm_in"), buffers.get("perm_out")
+        stored = self._stored()
+        return stored.get("perm_in"), stored.get("perm_out")
 
     def dense_weight(self) -> Tensor:
         """W `[out, in]` with the permutations multiplied in, in the dtype of the values; computed anew at each call."""
@@ -123,11 +137,16 @@ class PackedLinear(nn.Module):
     def kernel_name(self, tokens: int) -> str:
         """The name of the kernel that serves an input of `tokens` rows where the layer now lives."""
         structure = self.format.structure
-        return str(kernel_name(structure.name, structure.density, self.values.device, tokens))
+        return str(kernel_name(structure.name, structure.density, self.in_features, self.weight.device, tokens))
 
     def prepared_bytes(self) -> int:
-        """Bytes that its kernels keep beside its tensors (a dense copy, for one), 0 before the first call."""
-        kernels = self._layout[1].prepared.values() if self._layout else ()
+        """Bytes that its kernels keep beside its tensors (an image in their stead, a dense copy), 0 before the first
+        call.
+        """
+        kernels = [
+            *(self._layout[1].prepared.values() if self._layout else ()),
+            *([self._native] if self._native else []),
+        ]
         return sum(kernel.resident_bytes() for kernel in kernels)
 
     def extra_repr(self) -> str:
@@ -160,31 +179,83 @@ class PackedLinear(nn.Module):
         self._layout = (state, layout)
         return layout
 
-    # What kernels prepared is dropped wherever the tensors can change behind it, and never copied or pickled.
+    def _compact(self) -> NativeKernel | None:
+        """Put the kernels' image in the place of the packed tensors; None where no compiled kernel serves the layer."""
+        kernel = compact(self._current_layout())
+        self._layout = None
+        if kernel is not None:
+            self._value_dtype = self.values.dtype
+            self._native = kernel
+            for table in (self._parameters, self._buffers):
+                table.update((key, None) for key in self._kept if key in table)
+        return kernel
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Packed tensors and permutations as the file holds them: the layer's own, or read back from the image."""
+        layouts = self.format.tensors(self.value_dtype)
+        if self._native is None:
+            return {key: getattr(self, key).detach() for key in layouts}
+        tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layouts.items()}
+        self._native.unpack(tensors)
+        return tensors
+
+    def _expand(self) -> None:
+        """Bring the packed tensors back from the image, and let go of whatever was prepared."""
+        self._layout = None
+        if self._native is None:
+            return
+        tensors, self._native = self._stored(), None
+        self._parameters["values"] = nn.Parameter(tensors.pop("values"), requires_grad=False)
+        self._buffers.update(tensors)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator."""
+        _prepare_for_tracing(self, x.dtype)
+        if self._native is not None and takes_compact(x):
+            result: Tensor = torch.ops.padst.sparse_linear(
+                x, self._native.image, self._parameters["bias"], self.out_features
+            )
+            return result
+        layout = self._layout[1] if self._layout else self._current_layout()
+        traced: Tensor = select(layout, x.numel() // self.in_features)(x, self.bias)
+        return traced
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_native") is not None and name in self._kept:
+            self._expand()
+        return super().__getattr__(name)
+
+    # The tensors come back wherever they can be read or changed from outside; images are never copied or pickled.
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; training mode drops what kernels prepared."""
         if mode:
-            self._layout = None
+            self._expand()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._layout = None
+        self._expand()
         return super()._apply(fn, recurse)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._expand()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._layout = None
+        self._expand()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layout": None}
+        self._expand()
+        return dict(self.__dict__)
 
 
 @torch.compiler.assume_constant_result
 def _prepare_for_tracing(layer: PackedLinear, dtype: torch.dtype) -> bool:
-    # Runs while torch.compile traces, not in the graph: reordering blocks depends on data and would break it. A graph
+    # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A graph
     # keeps the values it was traced with until the module is moved, cast or loaded anew.
-    prepare(layer._current_layout(), layer.values.device, dtype)
+    if layer._native is None and (dtype == torch.float64 or layer._compact() is None):
+        prepare(layer._current_layout(), dtype)
     return True
 
 

@@ -134,7 +134,7 @@ def header_of(model: nn.Module, form: Any) -> PadstFormat:
     layers = packed_layers(model)
     if not layers:
         raise PadstError("the model has no packed layers to save in padst's format")
-    dtypes = {layer.values.dtype for layer in layers.values()}
+    dtypes = {layer.value_dtype for layer in layers.values()}
     if len(dtypes) > 1:
         raise PadstError(f"the packed layers hold values of several dtypes ({', '.join(sorted(map(str, dtypes)))})")
     formats = {name: layer.format for name, layer in layers.items()}
