@@ -4,19 +4,22 @@
  * counts is to read the weights at full bandwidth. Many: threads take tiles of tokens, transposed to [inputs][tokens], so
  * that a weight is broadcast over vectors of tokens, and every structure runs from the same tile.
  */
+#include "block.h"
 #include "diag.h"
 #include "engine_table.h"
 
 #include <stdatomic.h>
 
 /* What a structure gives: functions for constant value types. `rows`: sums of units [from, to) for `tokens` gathered rows
- * (1, 2, 4 or 8). `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64). `pad`: what stands in front
- * and behind the inputs, `width` floats an input. */
+ * (1, 2, 4 or 8). `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64; any multiple of LANES where
+ * `widest` is given, the most tokens for this image). `pad`: what stands in front and behind the inputs, `width` floats an
+ * input. */
 struct kernel {
     int unit, few, margin;
     void (*rows)(const struct padst_image *, const float *x, long ldx, float *y, long ldy, int from, int to, int tokens);
     void (*tile)(const struct padst_image *, const float *tile, float *sums, int from, int to, int width);
     void (*pad)(const struct padst_image *, float *x, long width);
+    int (*widest)(const struct padst_image *);
 };
 
 #define DIAG_INSTANCE(NAME, TYPE)                                                                                      \
@@ -36,12 +39,38 @@ DIAG_INSTANCE(f32, PADST_F32)
 DIAG_INSTANCE(bf16, PADST_BF16)
 DIAG_INSTANCE(f16, PADST_F16)
 
+#define BLOCK_INSTANCE(NAME, TYPE)                                                                                      \
+    static void block_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy,       \
+                                  int from, int to, int tokens) {                                                      \
+        block_rows(image, x, ldx, y, ldy, from, to, TYPE, tokens);                                                     \
+    }                                                                                                                  \
+    static void block_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,   \
+                                  int width) {                                                                         \
+        block_tile(image, tile, sums, from, to, width, TYPE);                                                          \
+    }
+
+BLOCK_INSTANCE(f32, PADST_F32)
+BLOCK_INSTANCE(bf16, PADST_BF16)
+BLOCK_INSTANCE(f16, PADST_F16)
+
+static void pad_block(const struct padst_image *image, float *x, long width) { block_pad(image, x, width); }
+
+/* A multiple of three vectors whose tile fits the second-level cache, or three vectors. */
+static int block_widest(const struct padst_image *image) {
+    int step = 3 * LANES, width = BLOCK_WIDEST;
+    while (width > step && (long)image->in_features * width * 4 > BLOCK_TILE_KIB * 1024L) width -= step;
+    return width;
+}
+
 static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
 
 static const struct kernel kernels[PADST_STRUCTURES][3] = {
-    [PADST_DIAG] = {{CHUNK, 8, CHUNK, diag_rows_f32, diag_tile_f32, pad_diag},
-                    {CHUNK, 8, CHUNK, diag_rows_bf16, diag_tile_bf16, pad_diag},
-                    {CHUNK, 8, CHUNK, diag_rows_f16, diag_tile_f16, pad_diag}},
+    [PADST_DIAG] = {{CHUNK, 8, CHUNK, diag_rows_f32, diag_tile_f32, pad_diag, NULL},
+                    {CHUNK, 8, CHUNK, diag_rows_bf16, diag_tile_bf16, pad_diag, NULL},
+                    {CHUNK, 8, CHUNK, diag_rows_f16, diag_tile_f16, pad_diag, NULL}},
+    [PADST_BLOCK] = {{STRIP, 8, BLOCK_MARGIN, block_rows_f32, block_tile_f32, pad_block, block_widest},
+                     {STRIP, 8, BLOCK_MARGIN, block_rows_bf16, block_tile_bf16, pad_block, block_widest},
+                     {STRIP, 8, BLOCK_MARGIN, block_rows_f16, block_tile_f16, pad_block, block_widest}},
 };
 
 #define SMALLEST_TILE (LANES < 16 ? 8 : LANES)
@@ -81,22 +110,22 @@ static void scatter(const struct call *call, const float *z, long token) {
     else scatter_row(z, perm, out, PADST_F16, call->bias, call->y, token * out);
 }
 
-static void transpose_in(const struct call *call, long token, int n, float *tile) {
+static void transpose_in(const struct call *call, long token, int n, float *tile, int width) {
     int in = call->image->in_features;
     const int32_t *inverse = section(call->image, call->image->inv_in);
     const char *x = (const char *)call->x + token * in * (long)type_bytes(call->type);
-    if (call->type == PADST_F32) tile_in(x, n, in, PADST_F32, inverse, tile, call->width);
-    else if (call->type == PADST_BF16) tile_in(x, n, in, PADST_BF16, inverse, tile, call->width);
-    else tile_in(x, n, in, PADST_F16, inverse, tile, call->width);
+    if (call->type == PADST_F32) tile_in(x, n, in, PADST_F32, inverse, tile, width);
+    else if (call->type == PADST_BF16) tile_in(x, n, in, PADST_BF16, inverse, tile, width);
+    else tile_in(x, n, in, PADST_F16, inverse, tile, width);
 }
 
-static void transpose_out(const struct call *call, const float *sums, long token, int n, int first, int rows) {
+static void transpose_out(const struct call *call, const float *sums, int width, long token, int n, int first, int rows) {
     long out = call->image->out_features;
     const int32_t *perm = section(call->image, call->image->perm_out);
     char *y = (char *)call->y + token * out * (long)type_bytes(call->type);
-    if (call->type == PADST_F32) tile_out(sums, call->width, n, rows, perm, PADST_F32, call->bias, y, out, first);
-    else if (call->type == PADST_BF16) tile_out(sums, call->width, n, rows, perm, PADST_BF16, call->bias, y, out, first);
-    else tile_out(sums, call->width, n, rows, perm, PADST_F16, call->bias, y, out, first);
+    if (call->type == PADST_F32) tile_out(sums, width, n, rows, perm, PADST_F32, call->bias, y, out, first);
+    else if (call->type == PADST_BF16) tile_out(sums, width, n, rows, perm, PADST_BF16, call->bias, y, out, first);
+    else tile_out(sums, width, n, rows, perm, PADST_F16, call->bias, y, out, first);
 }
 
 /* -- few tokens ---------------------------------------------------------------------------------------------------- */
@@ -140,30 +169,46 @@ static void tile_task(void *context, int64_t index) {
     const struct padst_image *image = call->image;
     long token = index / call->splits * call->width, split = index % call->splits, all = units(call);
     int n = (int)(call->tokens - token < call->width ? call->tokens - token : call->width);
+    int width = kernel->widest ? (int)round_up(n, SMALLEST_TILE) : call->width;
     int from = (int)(all * split / call->splits), to = (int)(all * (split + 1) / call->splits);
     /* Outputs that are permuted are read from all sums at once, others leave while they are in the cache. */
     int step = image->perm_out ? to - from : ROW_TILE / kernel->unit;
-    float *tile = padst_scratch(SCRATCH_X, (image->in_features + 2L * kernel->margin) * call->width * sizeof(float));
-    float *sums = padst_scratch(SCRATCH_Y, (long)step * kernel->unit * call->width * sizeof(float));
+    float *tile = padst_scratch(SCRATCH_X, (image->in_features + 2L * kernel->margin) * width * sizeof(float));
+    float *sums = padst_scratch(SCRATCH_Y, (long)step * kernel->unit * width * sizeof(float));
     if (!tile || !sums) {
         call->failed = 1;
         return;
     }
-    float *inner = tile + (long)kernel->margin * call->width;
-    transpose_in(call, token, n, inner);
-    kernel->pad(image, inner, call->width);
+    float *inner = tile + (long)kernel->margin * width;
+    transpose_in(call, token, n, inner, width);
+    kernel->pad(image, inner, width);
     for (int unit = from; unit < to; unit += step) {
         int end = unit + step < to ? unit + step : to, first = unit * kernel->unit, last = end * kernel->unit;
-        kernel->tile(image, inner, sums, unit, end, call->width);
-        transpose_out(call, sums, token, n, first, (last < image->out_features ? last : image->out_features) - first);
+        kernel->tile(image, inner, sums, unit, end, width);
+        transpose_out(call, sums, width, token, n, first, (last < image->out_features ? last : image->out_features) - first);
     }
 }
 
-static int run_tiles(struct call *call, int threads) {
+/* Tiles of any width: as few as `widest` allows, but one for each thread, of equal widths that leave no vectors over. */
+static int even_width(const struct call *call, int widest, int threads) {
+    long tiles = (call->tokens + widest - 1) / widest, step = 3 * LANES;
+    tiles = round_up(tiles, threads);
+    long width = round_up((call->tokens + tiles - 1) / tiles, SMALLEST_TILE);
+    if (width > step) width = round_up(width, step);
+    return (int)(width < widest ? width : widest);
+}
+
+static int power_width(const struct call *call, int threads) {
     int width = LARGEST_TILE;
     while (width > SMALLEST_TILE && width / 2 >= call->tokens) width /= 2;
     /* Permuted outputs cannot be split between threads: narrower tiles then give each thread one. */
     while (call->image->perm_out && width > SMALLEST_TILE && (call->tokens + width - 1) / width < threads) width /= 2;
+    return width;
+}
+
+static int run_tiles(struct call *call, int threads) {
+    const struct kernel *kernel = call->kernel;
+    int width = kernel->widest ? even_width(call, kernel->widest(call->image), threads) : power_width(call, threads);
     long tiles = (call->tokens + width - 1) / width;
     call->width = width;
     call->splits = tiles >= threads || call->image->perm_out ? 1 : (int)((threads + tiles - 1) / tiles);
