@@ -1,0 +1,194 @@
+"""The compiled kernels against float64: every structure, instruction set, dtype, side and awkward size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from padst_kernels.cpu import library
+from padst_kernels.cpu.library import ISAS, TYPES
+from padst_kernels.cpu.native import NativeKernel, kernel_name, serves, sparse_linear
+from torch.nn import functional
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 48), (48, 160), (100, 70), (33, 129), (7, 300), (300, 70), (96, 96), (131, 131)]
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 130, 517)
+FAMILIES = {
+    "diag": ("diag", {}),
+    "band": ("diag", {"band": 16}),
+    "1:10": ("nm", {"nm": (1, 10)}),
+    "2:4": ("nm", {"nm": (2, 4)}),
+    "3:15": ("nm", {"nm": (3, 15)}),
+    "8:16": ("nm", {"nm": (8, 16)}),
+    "1:20": ("nm", {"nm": (1, 20)}),
+    "5:7": ("nm", {"nm": (5, 7)}),
+    "block 16": ("block", {"block_size": 16}),
+    "block 32": ("block", {"block_size": 32, "block_rows": "free"}),
+    "block 64": ("block", {"block_size": 64}),
+}
+
+
+def fits(family: str, shape: tuple[int, int]) -> bool:
+    structure, options = FAMILIES[family]
+    return structure != "block" or min(shape) >= options["block_size"]
+
+
+CASES = [(family, shape) for family in FAMILIES for shape in SHAPES if fits(family, shape)]
+
+
+@pytest.fixture(autouse=True)
+def _same_isa_afterwards():
+    lib = library.library()
+    before, threads = lib.padst_isa(), torch.get_num_threads()
+    yield
+    lib.padst_use_isa(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set that this machine can run."""
+    if library.library().padst_use_isa(ISAS.index(request.param)):
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def poisoned_call(kernel: NativeKernel, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The raw C call on an output full of NaN with guard rows around it, which must stay as they are."""
+    room = torch.full((len(x) + 2, kernel.out_features), float("nan"), dtype=x.dtype)
+    status = library.library().padst_forward(
+        kernel.image.data_ptr(),
+        x.data_ptr(),
+        TYPES[x.dtype],
+        None if bias is None else bias.data_ptr(),
+        room[1].data_ptr(),
+        len(x),
+        torch.get_num_threads(),
+    )
+    assert status == 0
+    assert bool(room[[0, -1]].isnan().all()), "wrote outside the output"
+    return room[1:-1]
+
+
+def close(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[x.dtype]
+    scale = float(expected.abs().max()) or 1.0
+    assert float((found.double() - expected).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_forward_equals_float64(make_case, isa, family, shape):
+    structure, options = FAMILIES[family]
+    out_features, in_features = shape
+    for number, (value_dtype, sides) in enumerate(
+        [(torch.float32, "i"), (torch.float32, "o"), (torch.bfloat16, "io"), (torch.float16, "i"), (torch.float32, "")]
+    ):
+        case = make_case(structure, out_features, in_features, 0.3, sides, value_dtype, **options)
+        kernel = NativeKernel(case.layout)
+        assert kernel.name == f"cpu-{isa}-{structure}"
+        for tokens in TOKENS[number % 2 :: 2] if number else TOKENS:
+            torch.set_num_threads(1 + tokens % 2)
+            x = torch.randn(tokens, in_features)
+            bias = torch.randn(out_features) if tokens % 3 else None
+            close(poisoned_call(kernel, x, bias), case.weight, x, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_sixteen_bit_activations(make_case, isa, structure, dtype):
+    case = make_case(structure, 100, 70, 0.3, "io", dtype)
+    kernel = NativeKernel(case.layout)
+    for tokens in (1, 6, 40):
+        x, bias = torch.randn(tokens, 70).to(dtype), torch.randn(100).to(dtype)
+        close(poisoned_call(kernel, x, bias), case.weight, x, bias)
+
+
+@pytest.mark.parametrize("value_dtype", list(TYPES))
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_the_image_gives_back_the_packed_tensors(make_case, family, shape, value_dtype):
+    structure, options = FAMILIES[family]
+    case = make_case(structure, *shape, 0.3, "io", value_dtype, **options)
+    stored = {**case.layout.tensors, "perm_in": case.layout.perm_in, "perm_out": case.layout.perm_out}
+    kernel = NativeKernel(case.layout)
+    found = {key: torch.full_like(tensor, 77) for key, tensor in stored.items()}
+    kernel.unpack(found)
+    for key, tensor in stored.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("structure", "options", "allowed"),
+    [
+        ("diag", {}, lambda bits: 1.15),
+        ("nm", {"nm": (1, 10)}, lambda bits: 1.03 + 4 / bits),
+        ("nm", {"nm": (2, 4)}, lambda bits: 1.03 + 2 / bits),
+        ("block", {"block_size": 32}, lambda bits: 1.15),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2304, 768), (768, 768), (768, 3072)])
+def test_images_stay_within_the_memory_bound(make_case, structure, options, allowed, shape, value_dtype):
+    side = "i" if structure == "nm" or shape[0] >= shape[1] else "o"
+    case = make_case(structure, *shape, 0.1, side, value_dtype, **options)
+    values = case.layout.density * shape[0] * shape[1] * value_dtype.itemsize
+    assert NativeKernel(case.layout).resident_bytes() <= allowed(8 * value_dtype.itemsize) * values
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_infinite_and_missing_inputs_stay_where_they_are(make_case, isa, structure):
+    case = make_case(structure, 96, 64, 0.2, "i")
+    x = torch.randn(5, 64)
+    x[2] = float("nan")
+    y = poisoned_call(NativeKernel(case.layout), x, None)
+    assert bool(y[[0, 1, 3, 4]].isfinite().all())
+    assert NativeKernel(case.layout).run(torch.randn(2, 0, 64), None).shape == (2, 0, 96)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_gradients_reach_input_and_bias(make_case, structure):
+    case = make_case(structure, 70, 50, 0.4, "io")
+    x = torch.randn(3, 50, requires_grad=True)
+    bias = torch.randn(70, requires_grad=True)
+    dy = torch.randn(3, 70)
+    y = NativeKernel(case.layout)(x, bias, lambda: case.weight)
+    (y * dy).sum().backward()
+    torch.testing.assert_close(x.grad, dy @ case.weight)
+    torch.testing.assert_close(bias.grad, dy.sum(dim=0))
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_the_operator_is_the_kernel(make_case, structure):
+    case = make_case(structure, 64, 48, 0.3, "io")
+    kernel = NativeKernel(case.layout)
+    x, bias = torch.randn(2, 3, 48), torch.randn(64)
+    arguments = (x, kernel.image, bias, 64)
+    assert torch.equal(sparse_linear(*arguments), kernel.run(x, bias))
+    torch.library.opcheck(sparse_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_the_kernels_do_not_serve():
+    assert serves("diag", 768, CPU)
+    assert not serves("unstructured", 768, CPU)
+    assert not serves("diag", 1 << 17, CPU)
+    assert not serves("diag", 768, torch.device("meta"))
+
+
+def test_without_a_compiled_library_padst_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setattr(library, "find", lambda: None)
+    library.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
+            assert not serves("diag", 768, CPU)
+        assert library.library() is None
+    finally:
+        library.library.cache_clear()
+
+
+def test_an_image_of_something_else_is_refused():
+    junk = torch.zeros(4096, dtype=torch.uint8)
+    x = torch.zeros(1, 8)
+    assert library.library().padst_forward(junk.data_ptr(), x.data_ptr(), 0, None, x.data_ptr(), 1, 1) < 0
+
+
+def test_names_say_instruction_set_and_structure():
+    assert kernel_name("diag") == f"cpu-{ISAS[library.library().padst_isa()]}-diag"
