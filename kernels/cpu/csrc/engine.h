@@ -7,6 +7,7 @@
 #include "block.h"
 #include "diag.h"
 #include "engine_table.h"
+#include "nm.h"
 
 #include <stdatomic.h>
 
@@ -64,10 +65,34 @@ static int block_widest(const struct padst_image *image) {
 
 static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
 
+#define NM_INSTANCE(NAME, TYPE)                                                                                        \
+    static void nm_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, \
+                               int to, int tokens) {                                                                   \
+        if (tokens == 1) nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 1);                                            \
+        else if (tokens == 2) nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 2);                                       \
+        else nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 4);                                                        \
+    }                                                                                                                  \
+    static void nm_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,      \
+                               int width) {                                                                            \
+        if (width >= 64) nm_tile(image, tile, sums, from, to, TYPE, 64 / LANES);                                       \
+        else if (width >= 32) nm_tile(image, tile, sums, from, to, TYPE, 32 / LANES);                                  \
+        else if (width >= 16) nm_tile(image, tile, sums, from, to, TYPE, 16 / LANES);                                  \
+        else nm_tile(image, tile, sums, from, to, TYPE, 1);                                                            \
+    }
+
+NM_INSTANCE(f32, PADST_F32)
+NM_INSTANCE(bf16, PADST_BF16)
+NM_INSTANCE(f16, PADST_F16)
+
+static void pad_nm(const struct padst_image *image, float *x, long width) { nm_pad(image, x, width); }
+
 static const struct kernel kernels[PADST_STRUCTURES][3] = {
     [PADST_DIAG] = {{CHUNK, 8, CHUNK, diag_rows_f32, diag_tile_f32, pad_diag, NULL},
                     {CHUNK, 8, CHUNK, diag_rows_bf16, diag_tile_bf16, pad_diag, NULL},
                     {CHUNK, 8, CHUNK, diag_rows_f16, diag_tile_f16, pad_diag, NULL}},
+    [PADST_NM] = {{NM_ROWS, 4, NM_MARGIN, nm_rows_f32, nm_tile_f32, pad_nm, NULL},
+                  {NM_ROWS, 4, NM_MARGIN, nm_rows_bf16, nm_tile_bf16, pad_nm, NULL},
+                  {NM_ROWS, 4, NM_MARGIN, nm_rows_f16, nm_tile_f16, pad_nm, NULL}},
     [PADST_BLOCK] = {{STRIP, 8, BLOCK_MARGIN, block_rows_f32, block_tile_f32, pad_block, block_widest},
                      {STRIP, 8, BLOCK_MARGIN, block_rows_bf16, block_tile_bf16, pad_block, block_widest},
                      {STRIP, 8, BLOCK_MARGIN, block_rows_f16, block_tile_f16, pad_block, block_widest}},

@@ -3,6 +3,7 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #define __F16C__ 1
+#define __AVX2__ 1
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif

@@ -22,12 +22,14 @@ void padst_write_common(const struct padst_layer *layer, const struct padst_imag
 
 int padst_unpack_diag(const struct padst_image *image, void *values, int32_t *offsets);
 int padst_unpack_block(const struct padst_image *image, void *values, int32_t *row_offsets, int32_t *col_indices);
+int padst_unpack_nm(const struct padst_image *image, void *values, uint8_t *indices);
 
 int padst_unpack(const void *image, void *values, void *first, void *second) {
     const struct padst_image *header = image;
     if (header->magic != PADST_MAGIC || header->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
     if (header->structure == PADST_DIAG) return padst_unpack_diag(header, values, first);
     if (header->structure == PADST_BLOCK) return padst_unpack_block(header, values, first, second);
+    if (header->structure == PADST_NM) return padst_unpack_nm(header, values, first);
     return PADST_BAD_IMAGE;
 }
 
