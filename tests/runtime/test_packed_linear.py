@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from padst_kernels.cpu.library import ISAS, library
 from torch.nn import functional
 
 from padst_cli.errors import PadstError
@@ -106,14 +107,14 @@ def test_copies_share_nothing_and_carry_no_prepared_copy():
         assert torch.equal(layer(x), expected)
 
 
-def test_the_dense_copy_dies_with_its_layout():
-    # Without waiting for the garbage collector: the copy is as large as the dense model.
+def test_the_image_dies_with_its_layer():
+    # Without waiting for the garbage collector: the images are as large as the model.
     import gc
     import weakref
 
     layer, _, _ = make("diag")
     layer(torch.randn(1, 80))
-    kernel = weakref.ref(next(iter(layer._layout[1].prepared.values())))
+    kernel = weakref.ref(layer._native)
     gc.disable()
     try:
         layer.train()
@@ -147,5 +148,30 @@ def test_autocast_works():
 
 
 def test_kernel_names():
-    assert make("diag")[0].kernel_name(1) == "torch-dense"
-    assert make("block")[0].kernel_name(512) == "torch-gather-bmm"
+    for structure in ("diag", "block"):
+        assert make(structure)[0].kernel_name(1) == f"cpu-{ISAS[library().padst_isa()]}-{structure}"
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_a_compact_layer_holds_nothing_twice_and_gives_everything_back(structure):
+    layer, weight, _ = make(structure)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    layer(torch.randn(3, 80))
+    assert layer._parameters["values"] is None
+    assert {key for key, _ in (*layer.named_parameters(), *layer.named_buffers())} == {"weight", "bias"}
+    assert layer.value_dtype is before["values"].dtype
+    torch.testing.assert_close(layer.dense_weight(), weight)
+    assert layer._native is not None
+    after = layer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert layer._native is None
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_torch_export_takes_the_layer(structure):
+    layer, _, _ = make(structure)
+    x = torch.randn(4, 80)
+    expected = layer(x)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)

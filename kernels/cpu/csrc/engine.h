@@ -121,7 +121,7 @@ static int units(const struct call *call) {
 
 static void gather(const struct call *call, long token, float *to) {
     int in = call->image->in_features;
-    const int32_t *inverse = section(call->image, call->image->inv_in);
+    const uint16_t *inverse = section(call->image, call->image->inv_in);
     if (call->type == PADST_F32) gather_row(call->x, token * in, PADST_F32, inverse, in, to);
     else if (call->type == PADST_BF16) gather_row(call->x, token * in, PADST_BF16, inverse, in, to);
     else gather_row(call->x, token * in, PADST_F16, inverse, in, to);
@@ -137,7 +137,7 @@ static void scatter(const struct call *call, const float *z, long token) {
 
 static void transpose_in(const struct call *call, long token, int n, float *tile, int width) {
     int in = call->image->in_features;
-    const int32_t *inverse = section(call->image, call->image->inv_in);
+    const uint16_t *inverse = section(call->image, call->image->inv_in);
     const char *x = (const char *)call->x + token * in * (long)type_bytes(call->type);
     if (call->type == PADST_F32) tile_in(x, n, in, PADST_F32, inverse, tile, width);
     else if (call->type == PADST_BF16) tile_in(x, n, in, PADST_BF16, inverse, tile, width);

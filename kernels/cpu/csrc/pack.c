@@ -4,7 +4,7 @@ struct padst_image padst_begin(const struct padst_layer *layer, int structure) {
     struct padst_image header = {.magic = PADST_MAGIC, .version = PADST_IMAGE_VERSION, .structure = structure,
                                  .value_type = layer->value_type, .out_features = layer->out_features,
                                  .in_features = layer->in_features, .bytes = sizeof header};
-    if (layer->perm_in) header.inv_in = reserve(&header.bytes, 4L * layer->in_features);
+    if (layer->perm_in) header.inv_in = reserve(&header.bytes, 2L * layer->in_features);
     if (layer->perm_out) header.perm_out = reserve(&header.bytes, 4L * layer->out_features);
     return header;
 }
@@ -14,8 +14,8 @@ void padst_write_common(const struct padst_layer *layer, const struct padst_imag
     memset(base, 0, (size_t)header->bytes);
     memcpy(base, header, sizeof *header);
     if (header->inv_in) {
-        int32_t *inverse = (int32_t *)(base + header->inv_in);
-        for (int32_t c = 0; c < layer->in_features; c++) inverse[layer->perm_in[c]] = c;
+        uint16_t *inverse = (uint16_t *)(base + header->inv_in);
+        for (int32_t c = 0; c < layer->in_features; c++) inverse[layer->perm_in[c]] = (uint16_t)c;
     }
     if (header->perm_out) memcpy(base + header->perm_out, layer->perm_out, 4 * (size_t)layer->out_features);
 }
@@ -37,7 +37,7 @@ void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *per
     const struct padst_image *header = image;
     const char *base = image;
     if (perm_in && header->inv_in) {
-        const int32_t *inverse = (const int32_t *)(base + header->inv_in);
+        const uint16_t *inverse = (const uint16_t *)(base + header->inv_in);
         for (int32_t c = 0; c < header->in_features; c++) perm_in[inverse[c]] = c;
     }
     if (perm_out && header->perm_out) memcpy(perm_out, base + header->perm_out, 4 * (size_t)header->out_features);

@@ -31,7 +31,7 @@ struct padst_image {
     int32_t structure, value_type;
     int32_t out_features, in_features;
     int64_t bytes;
-    int64_t inv_in;   /* int32 [in]: input c is column inv_in[c] of S (the inverse of perm_in) */
+    int64_t inv_in;   /* uint16 [in]: input c is column inv_in[c] of S (the inverse of perm_in) */
     int64_t perm_out; /* int32 [out]: output r is row perm_out[r] of S */
     int64_t values, indices, starts; /* see the structure's file */
     int32_t parameter[8];            /* likewise */

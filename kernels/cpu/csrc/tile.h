@@ -12,7 +12,7 @@ INLINE const void *section(const struct padst_image *image, int64_t offset) {
 }
 
 /* to[inv_in[c]] = x[c], inv_in NULL for the identity: stores, not loads, set the pace either way. */
-INLINE void gather_row(const void *x, long row, int type, const int32_t *inv_in, int in, float *to) {
+INLINE void gather_row(const void *x, long row, int type, const uint16_t *inv_in, int in, float *to) {
     int c = 0;
     if (!inv_in)
         for (; c + 8 <= in; c += 8) *(v8 *)(to + c) = load8(x, row + c, type);
@@ -37,7 +37,7 @@ INLINE void scatter_row(const float *z, const int32_t *perm_out, int out, int ty
 
 /* Tokens [0, n) of x [n, in] as tile [in][width], column c in row inv_in[c]; tokens n to width are zero. `width` and the
  * tile's alignment are multiples of 8 floats. */
-INLINE void tile_in(const void *x, int n, int in, int type, const int32_t *inv_in, float *tile, int width) {
+INLINE void tile_in(const void *x, int n, int in, int type, const uint16_t *inv_in, float *tile, int width) {
     for (int t = 0; t < width; t += 8) {
         int some = n - t < 8 ? n - t : 8, c = 0;
         if (some <= 0) some = 0;
