@@ -49,8 +49,8 @@ def refit(
     """Solve every row of `weight` `[out, in]` on its support `mask` `[out, in]`, all in coordinates of W.
 
     `gram` H `[in, in]` as in the module's formula, `aim` A = W C^T `[out, in]`, the C w of all rows. Rows with one
-    support share a factorisation, supports of equal size are factorised in batches of at most `budget_bytes`. A factorisation that
-    fails is repeated with ten times the damping; raises `PadstError` when that does not help.
+    support share a factorisation, supports of equal size are factorised in batches of at most `budget_bytes`. A
+    factorisation that fails is repeated with ten times the damping; raises `PadstError` when that does not help.
     """
     ridge = damping * float(gram.diagonal().mean())
     old = weight.to(gram.dtype)
