@@ -16,6 +16,7 @@ from padst_cli.recipe import Recipe
 from padst_cli.runtime.packing import densify, resident_bytes
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Stopwatch, Timing, crossing
+from tests import models
 
 QUICK = Timing(repeats=3, run_seconds=1e-4, rotate_bytes=2**16, max_copies=4)
 WIDTH = 64
@@ -24,19 +25,11 @@ WIDTH = 64
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     """Configs without weights of a causal LM, an image classifier and an encoder."""
-    shape = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    configs: dict[str, tuple[Any, str]] = {
-        "gpt2": (
-            transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=WIDTH, n_layer=2, n_head=4),
-            "GPT2LMHeadModel",
-        ),
-        "vit": (transformers.ViTConfig(image_size=16, patch_size=8, **shape), "ViTForImageClassification"),
-        "bert": (transformers.BertConfig(vocab_size=50, max_position_embeddings=24, **shape), "BertModel"),
-    }
+    architectures = {"gpt2": "GPT2LMHeadModel", "vit": "ViTForImageClassification", "bert": "BertModel"}
     found = {}
-    for name, (config, architecture) in configs.items():
+    for name, architecture in architectures.items():
         folder = tmp_path_factory.mktemp(name)
-        config.architectures = [architecture]
+        config = models.config(name, hidden_size=WIDTH, max_position_embeddings=24, architectures=[architecture])
         config.save_pretrained(folder)
         found[name] = open_source(str(folder), weights=False)
     return found

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-import transformers
 from huggingface_hub import errors
 
 from padst_cli.errors import PadstError
@@ -16,13 +15,12 @@ from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
 from padst_cli.structures import StructureOptions, structure_class
+from tests import models
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=1, n_head=2)
-    model = transformers.GPT2LMHeadModel(config)
+    model = models.build("gpt2", num_hidden_layers=1)
     layers = {}
     for name, module in model.transformer.h.named_modules():
         if shape := linear_shape(module):

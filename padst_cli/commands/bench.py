@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Dtype, Json, Model, Quiet, Seed, running
+from padst_cli.commands.common import Common, Model, common_flags
 from padst_cli.commands.recipe_flags import build_recipe
 from padst_cli.errors import PadstError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from padst_cli.console import Console
 
 
+@common_flags()
 def bench(
     model: Model,
     tokens: Annotated[str, typer.Option("--tokens", help="Token counts, comma separated.")] = "1,32,512",
@@ -34,14 +35,11 @@ def bench(
         str, typer.Option("--permutation", help="With --random-weights: random or none.")
     ] = "random",
     break_even: Annotated[bool, typer.Option("--break-even", help="Also find the density where dense wins.")] = False,
-    device: DeviceFlag = Device.auto,
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    *,
+    common: Common,
 ) -> None:
     """Time sparse against dense: interleaved runs, medians, weights from memory, the same process."""
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
         if baseline != "dense":
@@ -53,7 +51,7 @@ def bench(
             "block_size": block_size,
             "band": band,
             "permutation.kind": permutation,
-            "seed": seed,
+            "seed": common.seed,
         }
         chosen = build_recipe(model, None, changes)
         with console.progress() as on_event:
@@ -65,9 +63,9 @@ def bench(
                 random_recipe=chosen if random_weights else None,
                 value_dtype=value_dtype,
                 break_even=break_even,
-                device=device.value,
-                dtype=dtype,
-                seed=seed,
+                device=common.device.value,
+                dtype=common.dtype,
+                seed=common.seed,
                 on_event=on_event,
             )
         console.result(result, render=lambda: _render(console, result))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from padst_cli.console import Console
 from padst_cli.errors import PadstError
+
+Command = Callable[..., Any]
 
 
 class Device(StrEnum):
@@ -22,19 +27,76 @@ class Device(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local Hugging Face folder, or padst folder.")]
-DeviceFlag = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU when there is one.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, all else on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")]
+
+# Name -> (type with its flag, default), in the order in which `--help` lists them.
+_FLAGS: Mapping[str, tuple[Any, Any]] = {
+    "device": (
+        Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU when there is one.")],
+        Device.auto,
+    ),
+    "dtype": (
+        Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")],
+        None,
+    ),
+    "seed": (Annotated[int, typer.Option("--seed", help="Seed of everything random.")], 0),
+    "json": (
+        Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, all else on stderr.")],
+        False,
+    ),
+    "quiet": (Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")], False),
+}
 
 
-@contextmanager
-def running(json: bool, quiet: bool) -> Iterator[Console]:
-    """Give a command its console; print a user's error as one sentence and leave with its exit code."""
-    console = Console(json=json, quiet=quiet)
-    try:
-        yield console
-    except PadstError as error:
-        console.error(error)
-        raise typer.Exit(error.exit_code) from None
+@dataclass(frozen=True)
+class Common:
+    """The values of the flags that every command takes; a command without use for one leaves it alone."""
+
+    device: Device = Device.auto
+    dtype: str | None = None
+    seed: int = 0
+    json: bool = False
+    quiet: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[Console]:
+        """Give a command its console; print a user's error as one sentence and leave with its exit code."""
+        console = Console(json=self.json, quiet=self.quiet)
+        try:
+            yield console
+        except PadstError as error:
+            console.error(error)
+            raise typer.Exit(error.exit_code) from None
+
+
+def common_flags(*without: str) -> Callable[[Command], Command]:
+    """A decorator that adds the common flags to a command, which receives them as the keyword `common`.
+
+    `without` names those that the command defines itself.
+    """
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in _FLAGS.items()
+        if name not in without
+    ]
+    return lambda command: with_parameters(command, "common", parameters, lambda values: Common(**values))
+
+
+def with_parameters(
+    command: Command, keyword: str, parameters: Sequence[inspect.Parameter], gather: Callable[[dict[str, Any]], Any]
+) -> Command:
+    """`command` with `parameters` where it had `keyword`, which receives what `gather` makes of their values.
+
+    Typer reads the flags of a command from its signature, so the signature is what changes.
+    """
+
+    @wraps(command)
+    def extended(**given: Any) -> Any:
+        values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
+        return command(**given, **{keyword: gather(values)})
+
+    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != keyword]
+    everything = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *parameters)]
+    extended.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    extended.__annotations__ = {each.name: each.annotation for each in everything}
+    del extended.__wrapped__  # or Typer reads the signature of the inner function
+    return extended

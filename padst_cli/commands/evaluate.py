@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Dtype, Json, Model, Quiet, Seed, running
+from padst_cli.commands.common import Common, Model, common_flags
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
     from padst_cli.pipeline import EvaluateResult
 
 
+@common_flags()
 def evaluate(
     model: Model,
     data: Annotated[
@@ -34,14 +35,11 @@ def evaluate(
     max_samples: Annotated[
         int | None, typer.Option("--max-samples", help="At most this many windows or images.")
     ] = None,
-    device: DeviceFlag = Device.auto,
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    *,
+    common: Common,
 ) -> None:
     """Measure MODEL on held-out data: perplexity, top-1 and top-5, or feature error, by its task."""
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
         with console.progress() as on_event:
@@ -57,9 +55,9 @@ def evaluate(
                 limit=limit,
                 batch_size=batch_size,
                 max_samples=max_samples,
-                device=device.value,
-                dtype=dtype,
-                seed=seed,
+                device=common.device.value,
+                dtype=common.dtype,
+                seed=common.seed,
                 on_event=on_event,
             )
         console.result(result, render=lambda: _render(console, result))

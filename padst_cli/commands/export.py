@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Json, Quiet, Seed, running
+from padst_cli.commands.common import Common, common_flags
 
 
+@common_flags("dtype")
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `padst sparsify` wrote.")],
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
@@ -20,17 +21,14 @@ def export(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, for example 5GB.")] = "5GB",
     data: Annotated[str | None, typer.Option("--data", help="Real input for the check; default: the run's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder written by padst.")] = False,
-    device: DeviceFlag = Device.auto,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="dtype of what is not packed; default: the model's.")
     ] = None,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    *,
+    common: Common,
 ) -> None:
     """Write the sparse model in DIR for others to load, and check it against DIR on real input."""
-    del seed  # nothing here is random; every command takes the flag
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
         with console.progress() as on_event:
@@ -43,7 +41,7 @@ def export(
                 max_shard_size=max_shard_size,
                 data=data,
                 overwrite=overwrite,
-                device=device.value,
+                device=common.device.value,
                 on_event=on_event,
             )
         console.result(

@@ -7,26 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Dtype, Json, Quiet, Seed, running
+from padst_cli.commands.common import Common, common_flags
 
 if TYPE_CHECKING:
     from padst_cli.runtime.describe import LayerDescription
 
 
+@common_flags()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that padst wrote.")],
-    device: DeviceFlag = Device.auto,
-    dtype: Dtype = None,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    *,
+    common: Common,
 ) -> None:
     """List the sparse layers of DIR and verify every tensor. Exit code 2 when something is wrong."""
-    del dtype, seed  # the file is read as it is; every command takes the flags
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
-        result = pipeline.inspect(folder, device=device.value)
+        result = pipeline.inspect(folder, device=common.device.value)
         columns = ("layer", "out x in", "structure", "density", "kB", "permutation", "dead rows, columns", "kernel")
         rows = [
             (

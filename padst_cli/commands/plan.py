@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Json, Model, Quiet, running
+from padst_cli.commands.common import Common, Model, common_flags
 from padst_cli.commands.recipe_flags import build_recipe, recipe_flags
 
 if TYPE_CHECKING:
@@ -19,18 +19,16 @@ RecipeFlag = Annotated[
 
 
 @recipe_flags
+@common_flags("dtype", "seed")
 def plan(
     model: Model,
     recipe: RecipeFlag = None,
-    device: DeviceFlag = Device.auto,
-    json: Json = False,
-    quiet: Quiet = False,
     *,
+    common: Common,
     changes: dict[str, Any],
 ) -> None:
     """Show which layers become sparse, at what density, and what the run costs. Touches no weights."""
-    del device  # a plan is arithmetic on shapes; the flag is there because every command takes it
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
         show_plan(console, pipeline.plan(model, build_recipe(model, recipe, changes)))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Json, Quiet, Seed, running
+from padst_cli.commands.common import Common, common_flags
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
     from padst_cli.quickstart import QuickstartResult
 
 
+@common_flags("dtype")
 def quickstart(
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("padst-quickstart"),
     structure: Annotated[str | None, typer.Option("--structure", help="diag, nm or block.")] = None,
@@ -22,22 +23,29 @@ def quickstart(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier quickstart.")] = False,
-    device: DeviceFlag = Device.auto,
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="auto, float32 or bfloat16: what the training computes in.")
+    ] = None,
+    *,
+    common: Common,
 ) -> None:
     """Sparsify, evaluate, export, reload, generate and benchmark a small GPT-2: minutes on two cores, no network."""
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import quickstart as quick
 
-        changes = {"structure": structure, "sparsity": sparsity, "training.steps": steps, "seed": seed}
+        changes = {
+            "structure": structure,
+            "sparsity": sparsity,
+            "training.steps": steps,
+            "seed": common.seed,
+            "dtype": dtype,
+        }
         with console.progress() as on_event:
             result = quick.quickstart(
                 output,
                 changes={key: value for key, value in changes.items() if value is not None},
                 overwrite=overwrite,
-                device=device.value,
+                device=common.device.value,
                 on_event=on_event,
             )
         console.result(result, render=lambda: _render(console, result))

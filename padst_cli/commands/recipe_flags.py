@@ -6,12 +6,12 @@ A flag that is not given leaves the recipe's value alone, so that `--recipe FILE
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from padst_cli.commands.common import Command, with_parameters
 
 if TYPE_CHECKING:
     from padst_cli.recipe import Recipe
@@ -63,24 +63,10 @@ FLAGS = (
 )
 
 
-def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--recipe` and all of `FLAGS` to a command, which then receives `changes: dict` and `recipe: str | None`."""
-
-    @wraps(command)
-    def with_flags(**given: Any) -> Any:
-        changes = {}
-        for flag in FLAGS:
-            value = given.pop(flag.parameter)
-            if value is not None:
-                changes[flag.key] = tuple(value) if isinstance(value, list) else value
-        return command(**given, changes=changes)
-
-    own = [
-        parameter
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.name != "changes"
-    ]
-    added = [
+def recipe_flags(command: Command) -> Command:
+    """Add all of `FLAGS` to a command, which receives those that were given as `changes`, by dotted recipe key."""
+    keys = {flag.parameter: flag.key for flag in FLAGS}
+    parameters = [
         inspect.Parameter(
             flag.parameter,
             inspect.Parameter.KEYWORD_ONLY,
@@ -89,11 +75,12 @@ def recipe_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         )
         for flag in FLAGS
     ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + added
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del with_flags.__wrapped__  # or Typer reads the signature of the inner function
-    return with_flags
+
+    def changes(values: dict[str, Any]) -> dict[str, Any]:
+        given = {keys[name]: value for name, value in values.items() if value is not None}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+    return with_parameters(command, "changes", parameters, changes)
 
 
 def build_recipe(model: str, recipe: str | None, changes: dict[str, Any]) -> Recipe:

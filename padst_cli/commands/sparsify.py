@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from padst_cli.commands.common import Device, DeviceFlag, Json, Model, Quiet, running
+from padst_cli.commands.common import Common, Model, common_flags
 from padst_cli.commands.plan import RecipeFlag, show_plan
 from padst_cli.commands.recipe_flags import build_recipe, recipe_flags
 from padst_cli.errors import Interrupted
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @recipe_flags
+@common_flags("dtype", "seed")
 def sparsify(
     model: Model,
     recipe: RecipeFlag = None,
@@ -30,14 +31,12 @@ def sparsify(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
     push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result.")] = None,
-    device: DeviceFlag = Device.auto,
-    json: Json = False,
-    quiet: Quiet = False,
     *,
+    common: Common,
     changes: dict[str, Any],
 ) -> None:
     """Make MODEL sparse: calibrate, find permutations and supports, refit, fine-tune (PA-DST), evaluate, save."""
-    with running(json, quiet) as console:
+    with common.running() as console:
         from padst_cli import pipeline
 
         chosen = build_recipe(model, recipe, changes)
@@ -53,7 +52,7 @@ def sparsify(
                     model,
                     chosen,
                     folder,
-                    device=device.value,
+                    device=common.device.value,
                     resume=resume,
                     overwrite=overwrite,
                     on_event=on_event,

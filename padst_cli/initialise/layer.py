@@ -39,9 +39,9 @@ def choose_order(score: Tensor, layer: LayerPlan, recipe: Recipe) -> SearchResul
     return SearchResult(perm_in, perm_out, mask, kept_share(ordered, mask), 0)
 
 
-def _saliency(weight: Tensor, statistics: InputStatistics, recipe: Recipe) -> Tensor:
+def _saliency(weight: Tensor, aim: Tensor, statistics: InputStatistics, recipe: Recipe) -> Tensor:
     if recipe.calibration.refit:
-        return refit_saliency(weight, statistics, recipe.calibration.damping)
+        return refit_saliency(weight, aim, statistics, recipe.calibration.damping)
     return plain_saliency(weight, statistics)
 
 
@@ -56,15 +56,17 @@ def start_layer(
     final, escalated = None, 0
     try:
         statistics.check_finite()
-        order = choose_order(_saliency(weight, statistics, recipe), layer, recipe)
+        aim = statistics.aim(weight)
+        order = choose_order(_saliency(weight, aim, statistics, recipe), layer, recipe)
         mask = from_structure(order.mask, order.perm_in, order.perm_out)
         masked = torch.where(mask, weight, 0.0)
         if recipe.calibration.refit and statistics.tokens:
-            result = refit(weight, mask, statistics.gram, statistics.cross, recipe.calibration.damping)
+            result = refit(weight, mask, statistics.gram, aim, recipe.calibration.damping)
             final, escalated = result.weight, result.escalated_rows
     except PadstError as error:
         raise PadstError(f"{layer.name}: {error}") from None
     final = masked if final is None else final
+    before, after = statistics.relative_errors(weight, aim, (masked, final))
     start = LayerStart(
         name=layer.name,
         structure=layer.structure,
@@ -73,8 +75,8 @@ def start_layer(
         bias=None if bias is None else bias.detach().clone(),
         perm_in=order.perm_in,
         perm_out=order.perm_out,
-        error_mask=statistics.relative_error(weight, masked),
-        error=statistics.relative_error(weight, final),
+        error_mask=before,
+        error=after,
         kept=order.kept,
     )
     return start, escalated

@@ -44,20 +44,20 @@ class _Bucket:
 
 
 def refit(
-    weight: Tensor, mask: Tensor, gram: Tensor, cross: Tensor, damping: float, budget_bytes: int = BUDGET_BYTES
+    weight: Tensor, mask: Tensor, gram: Tensor, aim: Tensor, damping: float, budget_bytes: int = BUDGET_BYTES
 ) -> Refit:
     """Solve every row of `weight` `[out, in]` on its support `mask` `[out, in]`, all in coordinates of W.
 
-    `gram` H `[in, in]` and `cross` C `[in, in]` as in the module's formula. Rows with one support share a
-    factorisation, supports of equal size are factorised in batches of at most `budget_bytes`. A factorisation that
-    fails is repeated with ten times the damping; raises `PadstError` when that does not help.
+    `gram` H `[in, in]` as in the module's formula, `aim` A = W C^T `[out, in]`, the C w of all rows. Rows with one
+    support share a factorisation, supports of equal size are factorised in batches of at most `budget_bytes`. A
+    factorisation that fails is repeated with ten times the damping; raises `PadstError` when that does not help.
     """
     ridge = damping * float(gram.diagonal().mean())
     old = weight.to(gram.dtype)
     result = torch.zeros_like(old)
     if ridge <= 0.0:
         return Refit(torch.where(mask, old, result), 0)
-    target = old @ cross.T + ridge * old
+    target = aim + ridge * old
     escalated = 0
     for bucket in _buckets(mask):
         for columns, rows in _chunks(bucket, gram.element_size(), budget_bytes):

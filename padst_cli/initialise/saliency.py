@@ -21,19 +21,19 @@ def plain_saliency(weight: Tensor, statistics: InputStatistics) -> Tensor:
     return score
 
 
-def refit_saliency(weight: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
+def refit_saliency(weight: Tensor, aim: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
     """E = V^2 / diag((H + lambda I)^-1), `[out, in]`: what the refit loses by leaving each weight out.
 
     V = (H + lambda I)^-1 (C W + lambda W), row by row, is the refit on the full support, so the weights that best make
     up for what earlier sparse layers changed; the rest is the optimal brain surgeon's saliency (Hassibi and Stork,
-    1993), exact for the loss of one weight. lambda = damping * mean(diag H), as in the refit. Raises `PadstError` as
-    `refit` does.
+    1993), exact for the loss of one weight. lambda = damping * mean(diag H), as in the refit. `aim` is A = W C^T.
+    Raises `PadstError` as `refit` does.
     """
-    gram, cross = statistics.gram, statistics.cross
+    gram = statistics.gram
     ridge = damping * float(gram.diagonal().mean())
     if not statistics.tokens or ridge <= 0.0:
         return plain_saliency(weight, statistics)
     factor, ridge = damped_cholesky(gram, ridge)
-    full = torch.cholesky_solve((weight @ cross.T + ridge * weight).T, factor).T
+    full = torch.cholesky_solve((aim + ridge * weight).T, factor).T
     alone = torch.cholesky_inverse(factor).diagonal()
     return full.square() / (alone * statistics.tokens)

@@ -62,20 +62,30 @@ class InputStatistics:
         if not all(bool(torch.isfinite(moment.sum())) for moment in (self.gram, self._cross, self._dense_gram)):
             raise PadstError("the calibration inputs of this layer hold NaN or infinity; check the model and the data")
 
-    def relative_error(self, dense: Tensor, sparse: Tensor) -> float:
-        """`|X W^T - X' S^T|^2 / |X W^T|^2` of a dense W and a sparse S, both `[out, in]` in coordinates of W.
+    def aim(self, dense: Tensor) -> Tensor:
+        """A = W C^T `[out, in]` of a dense W `[out, in]`: the right-hand sides of its refit, row by row."""
+        return dense.float() @ self.cross.T
+
+    def relative_errors(self, dense: Tensor, aim: Tensor, candidates: Sequence[Tensor]) -> list[float]:
+        """`|X W^T - X' S^T|^2 / |X W^T|^2` of a dense W and each sparse S, all `[out, in]` in coordinates of W.
 
         Numerator and denominator over all calibration tokens and outputs, bias left out. With X' = X this is
         tr((W-S) H (W-S)^T) / tr(W H W^T); later in the model it also counts what earlier sparse layers changed, and it
-        is what the refit minimises. NaN where no token was seen or the dense output is zero.
+        is what the refit minimises. `aim` is that of W: with thousands of inputs each product counts. NaN where no
+        token was seen or the dense output is zero.
         """
-        dense, sparse = dense.float(), sparse.float()
-        energy = float(((dense @ self.dense_gram) * dense).sum(dtype=torch.float64))
+        energy = _dot(dense.float() @ self.dense_gram, dense)
         if energy <= 0.0:
-            return float("nan")
-        mixed = float(((sparse @ self.cross) * dense).sum(dtype=torch.float64))
-        own = float(((sparse @ self.gram) * sparse).sum(dtype=torch.float64))
-        return max(0.0, (energy - 2.0 * mixed + own) / energy)
+            return [float("nan")] * len(candidates)
+        errors = []
+        for sparse in candidates:
+            mixed, own = _dot(aim, sparse), _dot(sparse.float() @ self.gram, sparse)
+            errors.append(max(0.0, (energy - 2.0 * mixed + own) / energy))
+        return errors
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))
 
 
 def _tokens(call: Tensor, keep: Tensor | None) -> Tensor:

@@ -25,6 +25,8 @@ EXACT_LIMIT = 4096
 """Longest side that is assigned as a whole; the time of the exact solution grows with its cube."""
 GROUP_SIZE = 2048
 """Above `EXACT_LIMIT`, slots are shuffled in each round and assigned within groups of this many."""
+EXCHANGE_LIMIT = 512
+"""Most N:M groups that exchange columns with each other in one move; its time grows with their square."""
 _STAY = 1e-9
 _ENOUGH = 1e-7
 
@@ -138,7 +140,8 @@ def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, gene
 
     `score` `[out, in]` has its columns in coordinates of W. In each of up to M moves one column of every group is
     lifted; a lifted column c brings group g the gain `sum over rows of relu(score[c] - theta[g])`, where theta is the
-    N-th largest score of the group's other columns. The summed kept score never falls.
+    N-th largest score of the group's other columns. The summed kept score never falls. More than `EXCHANGE_LIMIT`
+    groups are drawn into equal parts in each move, and columns stay within their part.
     """
     size = score.shape[1]
     groups = math.ceil(size / m)
@@ -149,19 +152,37 @@ def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, gene
     for move in range(m):
         taking = [group for group in range(groups) if move < widths[group]]
         slots = torch.tensor([group * m + int(seats[group][move]) for group in taking])
-        gain = _seat_gains(score[:, perm], slots, torch.tensor(taking), n, m)
-        table = gain.double().cpu().numpy()
-        table[range(len(taking)), range(len(taking))] += _STAY * float(abs(table).max())
-        _, chosen = linear_sum_assignment(table, maximize=True)
-        perm[slots] = perm[slots[torch.from_numpy(chosen)]]
+        ordered = score.index_select(1, perm)
+        lifted, theta = ordered[:, slots], _thresholds(ordered, slots, n, m)[:, torch.tensor(taking)]
+        for part in _parts(len(taking), generator):
+            gain = _seat_gains(lifted[:, part], theta[:, part])
+            table = gain.cpu().numpy()
+            table[range(len(part)), range(len(part))] += _STAY * float(abs(table).max())
+            _, chosen = linear_sum_assignment(table, maximize=True)
+            perm[slots[part]] = perm[slots[part[torch.from_numpy(chosen)]]]
     return perm.to(torch.int32)
 
 
-def _seat_gains(ordered: Tensor, slots: Tensor, groups: Tensor, n: int, m: int) -> Tensor:
-    """Gain `[group, column]` of seating each lifted column in each group; `ordered` `[out, in]` in slot order."""
-    lifted = ordered[:, slots]
+def _parts(count: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """`range(count)` whole, or shuffled into as few parts of about equal size as `EXCHANGE_LIMIT` allows."""
+    if count <= EXCHANGE_LIMIT:
+        return [torch.arange(count)]
+    return torch.randperm(count, generator=generator).chunk(math.ceil(count / EXCHANGE_LIMIT))
+
+
+def _thresholds(ordered: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
+    """Theta `[out, groups]` of `ordered` `[out, in]`, in slot order, once the columns in `slots` are lifted."""
     rest = torch.nn.functional.pad(ordered, (0, -ordered.shape[1] % m))
     rest[:, slots] = 0.0
-    theta = rest.view(ordered.shape[0], -1, m)[:, groups].topk(n, dim=2).values[:, :, -1]
-    rows = [(lifted - theta[:, index, None]).clamp_min_(0.0).sum(0) for index in range(len(groups))]
-    return torch.stack(rows)
+    return rest.view(ordered.shape[0], -1, m).topk(n, dim=2).values[:, :, -1]
+
+
+def _seat_gains(lifted: Tensor, theta: Tensor) -> Tensor:
+    """Gain `[group, column]`, float64, of seating each column `lifted` `[out, column]` in each group `[out, group]`.
+
+    relu(a - b) = (|a - b| + a - b) / 2, so that the sum over rows is an l1 distance, for which there is a kernel; in
+    float64 because two large sums cancel.
+    """
+    columns, levels = lifted.T.double().contiguous(), theta.T.double().contiguous()
+    distance = torch.cdist(levels, columns, p=1.0)
+    return (distance + columns.sum(1) - levels.sum(1)[:, None]) / 2

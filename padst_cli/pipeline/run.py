@@ -141,6 +141,8 @@ class _Run:
         initial = self._measured("initial", student, teacher)
         sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)
         trained = self._train(student, teacher, control=False)
+        if not trained.steps:  # the model is the one that was measured before
+            self.progress["metrics"]["final"] = self.progress["metrics"]["initial"]
         final = self._measured("final", student, teacher)
         control = self._dense_control(teacher)
         result = self._result(dense, initial, final, control, trained)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from padst_cli.checkpoint.reader import load_dense, load_processor, open_source, skeleton, weight_files
 from padst_cli.errors import PadstError
+from tests import models
 
 DATA = os.environ.get("PADST_DATA")
 
@@ -24,9 +25,7 @@ DATA = os.environ.get("PADST_DATA")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "gpt2"
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    models.build("gpt2", hidden_size=16, num_attention_heads=2).save_pretrained(folder)
     return folder
 
 
@@ -126,7 +125,7 @@ def test_shards_are_found(folder):
     load_dense(open_source(str(folder))).save_pretrained(folder / "sharded", max_shard_size="4KB")
     files = weight_files(folder / "sharded", "x")
     assert len(files) > 1
-    assert load_dense(open_source(str(folder / "sharded"))).lm_head.weight.shape == (32, 16)
+    assert load_dense(open_source(str(folder / "sharded"))).lm_head.weight.shape == (64, 16)
 
 
 def test_damaged_weights_are_refused_by_name(folder):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from tests import models
+
 WORDS = [
     "the",
     "cat",
@@ -77,14 +79,9 @@ def tokenizer(train_text: Path) -> Any:
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A two-layer GPT-2 of width 64 with dropout, in a folder as `save_pretrained` writes it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
-    config = GPT2Config(
-        n_layer=2, n_embd=64, n_head=4, n_positions=64, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    models.build("gpt2", **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, text_digest
+from tests import models
 
 SPECIAL = ["[END]", "[BEGIN]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 WORDS = [f"w{number}" for number in range(26)]
@@ -23,7 +25,7 @@ POSITIONS = 16
 def tokenizer(frame: str | None = None, *, mask: bool = False, separator: bool = True) -> PreTrainedTokenizerFast:
     """One token a word; `frame` is a template such as `[BEGIN] $A` or `[CLS] $A [SEP]`."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     if frame:
         used = [(word, vocabulary[word]) for word in SPECIAL if word in frame]
@@ -46,51 +48,26 @@ def text(*lengths: int, seed: int = 0) -> TextCorpus:
     return TextCorpus("random words", tuple(documents), text_digest(documents), "heldout")
 
 
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+TEXT = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": POSITIONS}
+
+
 def gpt2(seed: int = 0) -> transformers.GPT2LMHeadModel:
     """A random causal language model that is far from uniform."""
-    torch.manual_seed(seed)
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return models.blur(models.build("gpt2", seed, **TEXT), 0.2)
 
 
 def bert(head: bool, seed: int = 0) -> transformers.PreTrainedModel:
     """A random BERT, with a masked-language-model head or without one."""
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=POSITIONS,
-    )
-    model = (transformers.BertForMaskedLM if head else transformers.BertModel)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return models.blur(models.build("bert-mlm" if head else "bert", seed, **TEXT), 0.2)
 
 
 def vit(classes: int | None, seed: int = 0) -> transformers.PreTrainedModel:
     """A random vision transformer on 8 x 8 images; `classes` None leaves the classifier away."""
-    torch.manual_seed(seed)
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        num_labels=classes or 2,
-    )
-    model = (transformers.ViTModel if classes is None else transformers.ViTForImageClassification)(config)
-    return model.eval()
+    sizes = {**SIZES, "num_hidden_layers": 1, "image_size": 8}
+    if classes is None:
+        return models.build("vit-headless", seed, **sizes)
+    return models.build("vit", seed, **sizes, num_labels=classes)
 
 
 def image_processor(images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:

@@ -9,51 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests import models
+
 VOCAB = 64
-WIDE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 32}
-DECODER = WIDE | TEXT | {"bos_token_id": 0, "eos_token_id": 0}
-
 Batches = list[dict[str, Tensor]]
-
-
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**DECODER, intermediate_size=48, num_key_value_heads=2)
-    )
-
-
-def _qwen3() -> nn.Module:
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**DECODER, intermediate_size=48, num_key_value_heads=2, head_dim=8)
-    )
-
-
-def _neox() -> nn.Module:
-    return transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(**DECODER, intermediate_size=48, use_parallel_residual=True)
-    )
-
-
-def _opt() -> nn.Module:
-    config = DECODER | {"pad_token_id": 1}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=48, word_embed_proj_dim=32))
-
-
-def _bert() -> nn.Module:
-    return transformers.BertModel(transformers.BertConfig(**WIDE, **TEXT, intermediate_size=48))
-
-
-def _albert() -> nn.Module:
-    config = WIDE | TEXT | {"intermediate_size": 48, "embedding_size": 16}
-    return transformers.AlbertModel(transformers.AlbertConfig(**config))
 
 
 def _t5() -> nn.Module:
@@ -64,11 +23,6 @@ def _t5() -> nn.Module:
     )
 
 
-def _vit() -> nn.Module:
-    config = transformers.ViTConfig(**WIDE, intermediate_size=48, image_size=16, patch_size=4, num_labels=5)
-    return transformers.ViTForImageClassification(config)
-
-
 def _swin() -> nn.Module:
     return transformers.SwinModel(
         transformers.SwinConfig(
@@ -77,24 +31,17 @@ def _swin() -> nn.Module:
     )
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "qwen3": _qwen3,
-    "neox": _neox,
-    "opt": _opt,
-    "bert": _bert,
-    "albert": _albert,
-    "t5": _t5,
-    "vit": _vit,
-    "swin": _swin,
-}
+FURTHER: dict[str, dict[str, int]] = {"qwen3": {"head_dim": 8}, "opt": {"word_embed_proj_dim": 32}}
+OTHERS: dict[str, Callable[[], nn.Module]] = {"t5": _t5, "swin": _swin}
 
 
 def family(name: str) -> nn.Module:
     """A tiny model with random weights of one family, larger than their initialisation so that layers matter."""
     torch.manual_seed(0)
-    model = FAMILIES[name]().eval()
+    if name in OTHERS:
+        model = OTHERS[name]().eval()
+    else:
+        model = models.build(name, vocab_size=VOCAB, num_hidden_layers=3, **FURTHER.get(name, {}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -41,7 +41,7 @@ def tails(unit) -> list[list[str]]:
             "model.layers",
             [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
         ),
-        ("neox", "gpt_neox.layers", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
+        ("gpt-neox", "gpt_neox.layers", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
     ],
 )
 def test_decoders_are_one_chain_of_blocks(units_of, name: str, blocks: str, groups: list[list[str]]) -> None:

@@ -15,7 +15,7 @@ from padst_cli.plan import make_plan
 from padst_cli.recipe import Recipe
 
 BASE = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "assignment"})
-NAMES = ["gpt2", "llama", "qwen3", "neox", "opt", "bert", "albert", "t5", "vit", "swin"]
+NAMES = ["gpt2", "llama", "qwen3", "gpt-neox", "opt", "bert", "albert", "t5", "vit", "swin"]
 
 
 def run(model: nn.Module, batches, recipe: Recipe = BASE, **changes):
@@ -98,7 +98,7 @@ def test_student_holds_the_starts_and_nothing_else_changed(name: str, make_model
         assert key in targets or torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "bert", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "bert", "vit"])
 def test_each_layer_sees_the_sparse_model_before_it(name: str, make_model, make_batches, spied) -> None:
     model, batches = make_model(name), make_batches(name)
     result = run(model, batches)

@@ -30,7 +30,7 @@ def test_refit_saliency_is_the_loss_of_leaving_one_weight_out(column: int) -> No
     ridge = DAMPING * statistics.gram.diagonal().mean()
 
     def loss(mask: Tensor) -> Tensor:
-        fitted = refit(weight, mask, statistics.gram, statistics.cross, DAMPING).weight
+        fitted = refit(weight, mask, statistics.gram, statistics.aim(weight), DAMPING).weight
         residual = dense @ weight.T - sparse @ fitted.T
         return residual.square().sum(0) + ridge * (fitted - weight).square().sum(1)
 
@@ -38,12 +38,12 @@ def test_refit_saliency_is_the_loss_of_leaving_one_weight_out(column: int) -> No
     without = full.clone()
     without[:, column] = False
     expected = (loss(without) - loss(full)) / TOKENS
-    found = refit_saliency(weight, statistics, DAMPING)[:, column]
+    found = refit_saliency(weight, statistics.aim(weight), statistics, DAMPING)[:, column]
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
 
 
 def test_without_any_token_it_is_the_squared_weight() -> None:
     weight = setting()[0]
     statistics = InputStatistics(IN, torch.device("cpu"))
-    assert torch.equal(refit_saliency(weight, statistics, DAMPING), weight.square())
+    assert torch.equal(refit_saliency(weight, statistics.aim(weight), statistics, DAMPING), weight.square())
     assert torch.equal(plain_saliency(weight, statistics), weight.square())

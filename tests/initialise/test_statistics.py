@@ -54,11 +54,23 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     w, s = torch.randn(4, 6), torch.randn(4, 6)
     sparse, dense = inputs(0).view(-1, 6), inputs(1).view(-1, 6)
     expected = (dense @ w.T - sparse @ s.T).square().sum() / (dense @ w.T).square().sum()
-    assert statistics.relative_error(w, s) == pytest.approx(float(expected), rel=1e-4)
+    found, none, all_of_it = statistics.relative_errors(w, statistics.aim(w), (s, torch.zeros(4, 6), w))
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert none == pytest.approx(1.0)
+    changed = (dense @ w.T - sparse @ w.T).square().sum() / (dense @ w.T).square().sum()
+    assert all_of_it == pytest.approx(float(changed), rel=1e-4)
+
+
+def test_the_aim_is_what_the_sparse_inputs_say_of_the_dense_outputs() -> None:
+    statistics = InputStatistics(6, CPU)
+    statistics.add([inputs(0)], [inputs(1)], None)
+    w = torch.randn(4, 6)
+    torch.testing.assert_close(statistics.aim(w), (inputs(0).view(-1, 6).T @ inputs(1).view(-1, 6) @ w.T).T)
 
 
 def test_no_token_has_no_error() -> None:
-    assert math.isnan(InputStatistics(6, CPU).relative_error(torch.ones(2, 6), torch.ones(2, 6)))
+    statistics, weight = InputStatistics(6, CPU), torch.ones(2, 6)
+    assert all(map(math.isnan, statistics.relative_errors(weight, statistics.aim(weight), (weight, weight))))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

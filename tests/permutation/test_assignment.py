@@ -105,6 +105,33 @@ def test_group_exchange_never_loses(width: int, n: int, m: int) -> None:
         kept = now
 
 
+def test_the_gain_of_a_seat_is_the_score_that_rises_over_the_threshold() -> None:
+    generator = torch.Generator().manual_seed(8)
+    ordered = torch.rand(16, 22, generator=generator)
+    slots, n, m = torch.tensor([1, 6, 14, 20]), 2, 6  # the last group has 4 real columns
+    theta = assignment._thresholds(ordered, slots, n, m)
+    found = assignment._seat_gains(ordered[:, slots], theta)
+    for group in range(4):
+        others = [column for column in range(group * m, min(group * m + m, 22)) if column not in slots.tolist()]
+        for column, slot in enumerate(slots.tolist()):
+            before = ordered[:, others].topk(n, dim=1).values.sum()
+            after = ordered[:, [*others, slot]].topk(n, dim=1).values.sum()
+            assert float(found[group, column]) == pytest.approx(float(after - before), abs=1e-5)
+
+
+def test_many_groups_exchange_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = structure_class("nm").from_parameters(16, 62, {"n": 1, "m": 4})
+    score = torch.randn(16, 62, generator=torch.Generator().manual_seed(9)).square() ** 2
+    monkeypatch.setattr(assignment, "EXCHANGE_LIMIT", 6)
+    sizes = [len(part) for part in assignment._parts(16, torch.Generator())]
+    assert max(sizes) <= 6
+    assert sum(sizes) == 16
+    parts, again = (search(score, structure, ("input",), rounds=6, seed=3) for _ in range(2))
+    assert parts.kept > kept_share(score, structure.project(score)) + 0.02
+    assert torch.equal(parts.perm_in, again.perm_in)
+    check_permutation(parts.perm_in, 62, "perm_in")
+
+
 def test_long_sides_are_assigned_within_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     structure = fitted("block", 32, 96, 0.3)
     score = torch.randn(32, 96, generator=torch.Generator().manual_seed(6)).square() ** 2

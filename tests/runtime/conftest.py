@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from padst_cli.permutation.apply import random_permutation
@@ -15,116 +14,22 @@ from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
 from padst_cli.structures import StructureOptions, structure_class
+from tests import models
 
 VOCAB = 64
 
 
-def _gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _llama():
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def _gpt_neox():
-    config = transformers.GPTNeoXConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-    )
-    return transformers.GPTNeoXForCausalLM(config)
-
-
-def _qwen3():
-    config = transformers.Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return transformers.Qwen3ForCausalLM(config)
-
-
-def _opt():
-    config = transformers.OPTConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        ffn_dim=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        word_embed_proj_dim=32,
-        do_layer_norm_before=False,
-    )
-    return transformers.OPTForCausalLM(config)
-
-
-def _vit():
-    config = transformers.ViTConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=16,
-        num_labels=5,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-def _bert_config():
-    return transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-    )
-
-
-MODELS = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "gpt-neox": _gpt_neox,
-    "qwen3": _qwen3,
-    "opt": _opt,
-    "vit": _vit,
-    "bert-mlm": lambda: transformers.BertForMaskedLM(_bert_config()),
-    "bert": lambda: transformers.BertModel(_bert_config()),
+SIZES = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80}
+FURTHER = {
+    "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "vit": {"image_size": 32, "patch_size": 16},
 }
 
 
 def build(family: str, seed: int = 0):
     """A random model of the family in evaluation mode, with biases away from zero."""
-    torch.manual_seed(seed)
-    model = MODELS[family]()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return models.blur(models.build(family, seed, **SIZES, **FURTHER.get(family, {})), 0.1, "bias")
 
 
 def inputs(family: str, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:

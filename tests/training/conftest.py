@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from padst_cli.initialise.start import LayerStart
 from padst_cli.permutation.apply import random_permutation, to_structure
@@ -14,6 +13,7 @@ from padst_cli.recipe import Recipe
 from padst_cli.training.objective import build_objective
 from padst_cli.training.sparse_linear import sparsify_modules
 from padst_cli.training.trainer import train
+from tests import models
 
 VOCABULARY = 40
 LENGTH = 12
@@ -54,12 +54,9 @@ class Bench:
         return Recipe().updated({**base, **changes})
 
     def teacher(self, dropout=0.0, dtype=torch.float32):
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        return GPT2LMHeadModel(config).to(dtype).eval()
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+        sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_attention_heads": 2}
+        return models.build("gpt2", **sizes, **drops).to(dtype)
 
     def starts(self, model, plan):
         found = {}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
 
 from padst_cli.errors import PadstError
 from padst_cli.recipe import TrainingRecipe
 from padst_cli.training.objective import IGNORED, MaskedLM, build_objective, relative_error
+from tests import models
 
 
 @pytest.fixture
@@ -15,13 +15,9 @@ def ids():
     return torch.randint(1, 40, (3, 12), generator=torch.Generator().manual_seed(2))
 
 
-def bert(cls, seed):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16,
-    )  # fmt: skip
-    return cls(config).eval()
+def bert(seed, family="bert-mlm"):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    return models.build(family, seed, **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def test_causal_lm_mixes_cross_entropy_with_the_divergence_from_the_teacher(bench, ids):
@@ -75,8 +71,8 @@ def test_masked_tokens_mostly_read_the_mask_token():
 
 
 def test_masked_lm_loss_is_that_of_the_masked_positions(ids):
-    student = bert(BertForMaskedLM, 0)
-    objective = build_objective("masked-lm", TrainingRecipe(), bert(BertForMaskedLM, 1), mask_id=39, vocabulary=40)
+    student = bert(0)
+    objective = build_objective("masked-lm", TrainingRecipe(), bert(1), mask_id=39, vocabulary=40)
     batch = objective.prepare({"input_ids": ids}, 0, 0, 0)
     _, terms = objective(student, batch)
     chosen = batch["labels"] != IGNORED
@@ -86,12 +82,8 @@ def test_masked_lm_loss_is_that_of_the_masked_positions(ids):
 
 
 def test_images_without_labels_learn_from_the_teacher_alone():
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-        num_labels=5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    teacher, student = ViTForImageClassification(config).eval(), ViTForImageClassification(config).eval()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+    teacher, student = (models.build("vit", seed, **sizes) for seed in (0, 1))
     objective = build_objective("image-classification", TrainingRecipe(), teacher)
     pixels = torch.randn(2, 3, 8, 8)
     loss, terms = objective(student, {"pixel_values": pixels})
@@ -105,7 +97,7 @@ def test_images_without_labels_learn_from_the_teacher_alone():
 
 
 def test_an_encoder_matches_every_hidden_state(ids):
-    teacher, student = bert(BertModel, 0), bert(BertModel, 1)
+    teacher, student = bert(0, "bert"), bert(1, "bert")
     loss, terms = build_objective("encoder", TrainingRecipe(), teacher)(student, {"input_ids": ids})
     ours = student(ids, output_hidden_states=True)
     theirs = teacher(ids, output_hidden_states=True)

@@ -1,0 +1,41 @@
+"""The flags that every command takes, and how decorators add them."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from padst_cli.app import app
+from padst_cli.commands.common import Common, Device, common_flags
+from padst_cli.errors import PadstError
+
+
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_every_command_takes_them(command: str) -> None:
+    group = typer.main.get_command(app)
+    options = {option for each in group.commands[command].params for option in each.opts}
+    assert {"--device", "--dtype", "--seed", "--json", "--quiet"} <= options
+
+
+def test_a_command_receives_them_beside_its_own() -> None:
+    seen = []
+
+    @common_flags("seed")
+    def command(name: str, seed: int = 7, *, common: Common) -> None:
+        seen.append((name, seed, common))
+
+    own = typer.Typer()
+    own.command()(command)
+    assert CliRunner().invoke(own, ["x", "--device", "cpu", "--dtype", "bfloat16", "--quiet"]).exit_code == 0
+    assert seen == [("x", 7, Common(Device.cpu, "bfloat16", quiet=True))]
+    assert list(inspect.signature(command).parameters) == ["name", "seed", "device", "dtype", "json", "quiet"]
+
+
+def test_a_users_error_becomes_one_sentence_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, Common().running():
+        raise PadstError("the cat sat on the model")
+    assert left.value.exit_code == 2
+    assert "the cat sat on the model" in capsys.readouterr().err
