@@ -128,7 +128,8 @@ INLINE vec load(const void *base, long index, int type) {
 
 INLINE vec loadf(const float *p) { return *(const vec *)p; }
 INLINE void storef(float *p, vec value) { *(vec *)p = value; }
-INLINE vec splat(float value) { return (vec){0} + value; }
+/* Subtracting zero is nothing, a broadcast; adding zero is an addition, for it turns -0 into 0. */
+INLINE vec splat(float value) { return value - (vec){0}; }
 INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 /* Transpose 8 vectors of 8 floats in place. */

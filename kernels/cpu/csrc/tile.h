@@ -43,6 +43,10 @@ INLINE void tile_in(const void *x, int n, int in, int type, const uint16_t *inv_
         if (some <= 0) some = 0;
         for (; c + 8 <= in; c += 8) {
             v8 r[8];
+            /* Eight rows at once are more than the processor foresees: ask for their lines ahead. */
+            if (c % 16 == 0)
+                UNROLL for (int i = 0; i < 8; i++)
+                    prefetch((const char *)x + ((long)(t + i) * in + c) * (long)type_bytes(type) + 256);
             UNROLL for (int i = 0; i < 8; i++) r[i] = i < some ? load8(x, (long)(t + i) * in + c, type) : (v8){0};
             transpose8(r);
             UNROLL for (int i = 0; i < 8; i++) *(v8 *)(tile + (long)(inv_in ? inv_in[c + i] : c + i) * width + t) = r[i];
