@@ -17,7 +17,7 @@
 
 #define NM_ROWS 8
 #define NM_MARGIN 32            /* inputs behind the last that a short last group's registers and idle lanes reach */
-#define NM_ROW_TILE 256         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
+#define NM_ROW_TILE 768         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
 #define NM_PANEL_FLOATS 7168    /* of a panel of inputs with its decoded slots, which stay in a 32 KiB first-level cache */
 #define NM_PANEL_SLOTS 320      /* enough for every N and M: NM_PANEL_FLOATS / (8 + 2 * NM_ROWS), a group's N more */
 #define NM_PREFETCH 2048
@@ -120,7 +120,7 @@ INLINE void nm_panels(const struct padst_image *image, const float *x, long ldx,
         nm_panel(image, values + p * bytes, x, ldx, y + p * NM_ROWS, ldy, nm_lanes(image, p), type, most, tokens);
 }
 
-/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for whole panels. */
+/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for panels. */
 INLINE void nm_rows(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, int to,
                     int type, int tokens) {
     int m = image->parameter[1];
