@@ -13,10 +13,10 @@
 
 /* What a structure gives: functions for constant value types. `rows`: sums of units [from, to) for `tokens` gathered rows
  * (1, 2, 4 or 8). `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64; any multiple of LANES where
- * `widest` is given, the most tokens for this image). `pad`: what stands in front and behind the inputs, `width` floats an
- * input. */
+ * `widest` is given, the most tokens for this image), for `together` outputs at once. `pad`: what stands in front and
+ * behind the inputs, `width` floats an input. */
 struct kernel {
-    int unit, few, margin;
+    int unit, few, margin, together;
     void (*rows)(const struct padst_image *, const float *x, long ldx, float *y, long ldy, int from, int to, int tokens);
     void (*tile)(const struct padst_image *, const float *tile, float *sums, int from, int to, int width);
     void (*pad)(const struct padst_image *, float *x, long width);
@@ -87,15 +87,15 @@ NM_INSTANCE(f16, PADST_F16)
 static void pad_nm(const struct padst_image *image, float *x, long width) { nm_pad(image, x, width); }
 
 static const struct kernel kernels[PADST_STRUCTURES][3] = {
-    [PADST_DIAG] = {{CHUNK, 8, CHUNK, diag_rows_f32, diag_tile_f32, pad_diag, NULL},
-                    {CHUNK, 8, CHUNK, diag_rows_bf16, diag_tile_bf16, pad_diag, NULL},
-                    {CHUNK, 8, CHUNK, diag_rows_f16, diag_tile_f16, pad_diag, NULL}},
-    [PADST_NM] = {{NM_ROWS, 4, NM_MARGIN, nm_rows_f32, nm_tile_f32, pad_nm, NULL},
-                  {NM_ROWS, 4, NM_MARGIN, nm_rows_bf16, nm_tile_bf16, pad_nm, NULL},
-                  {NM_ROWS, 4, NM_MARGIN, nm_rows_f16, nm_tile_f16, pad_nm, NULL}},
-    [PADST_BLOCK] = {{STRIP, 8, BLOCK_MARGIN, block_rows_f32, block_tile_f32, pad_block, block_widest},
-                     {STRIP, 8, BLOCK_MARGIN, block_rows_bf16, block_tile_bf16, pad_block, block_widest},
-                     {STRIP, 8, BLOCK_MARGIN, block_rows_f16, block_tile_f16, pad_block, block_widest}},
+    [PADST_DIAG] = {{CHUNK, 8, CHUNK, ROW_TILE, diag_rows_f32, diag_tile_f32, pad_diag, NULL},
+                    {CHUNK, 8, CHUNK, ROW_TILE, diag_rows_bf16, diag_tile_bf16, pad_diag, NULL},
+                    {CHUNK, 8, CHUNK, ROW_TILE, diag_rows_f16, diag_tile_f16, pad_diag, NULL}},
+    [PADST_NM] = {{NM_ROWS, 4, NM_MARGIN, NM_ROW_TILE, nm_rows_f32, nm_tile_f32, pad_nm, NULL},
+                  {NM_ROWS, 4, NM_MARGIN, NM_ROW_TILE, nm_rows_bf16, nm_tile_bf16, pad_nm, NULL},
+                  {NM_ROWS, 4, NM_MARGIN, NM_ROW_TILE, nm_rows_f16, nm_tile_f16, pad_nm, NULL}},
+    [PADST_BLOCK] = {{STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_f32, block_tile_f32, pad_block, block_widest},
+                     {STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_bf16, block_tile_bf16, pad_block, block_widest},
+                     {STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_f16, block_tile_f16, pad_block, block_widest}},
 };
 
 #define SMALLEST_TILE (LANES < 16 ? 8 : LANES)
@@ -197,7 +197,7 @@ static void tile_task(void *context, int64_t index) {
     int width = kernel->widest ? (int)round_up(n, SMALLEST_TILE) : call->width;
     int from = (int)(all * split / call->splits), to = (int)(all * (split + 1) / call->splits);
     /* Outputs that are permuted are read from all sums at once, others leave while they are in the cache. */
-    int step = image->perm_out ? to - from : ROW_TILE / kernel->unit;
+    int step = image->perm_out ? to - from : kernel->together / kernel->unit;
     float *tile = padst_scratch(SCRATCH_X, (image->in_features + 2L * kernel->margin) * width * sizeof(float));
     float *sums = padst_scratch(SCRATCH_Y, (long)step * kernel->unit * width * sizeof(float));
     if (!tile || !sums) {

@@ -17,10 +17,17 @@
 
 #define NM_ROWS 8
 #define NM_MARGIN 32            /* inputs behind the last that a short last group's registers and idle lanes reach */
-#define NM_ROW_TILE 256         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
+#define NM_ROW_TILE 768         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
 #define NM_PANEL_FLOATS 7168    /* of a panel of inputs with its decoded slots, which stay in a 32 KiB first-level cache */
 #define NM_PANEL_SLOTS 320      /* enough for every N and M: NM_PANEL_FLOATS / (8 + 2 * NM_ROWS), a group's N more */
 #define NM_PREFETCH 2048
+
+/* Picking is a loop over lanes where there is no permute instruction: unrolled blocks would be huge and no faster. */
+#if defined(__AVX2__)
+#define NM_UNROLL UNROLL
+#else
+#define NM_UNROLL _Pragma("GCC unroll 1")
+#endif
 
 INLINE void nm_pad(const struct padst_image *image, float *x, long width) {
     memset(x + image->in_features * width, 0, NM_MARGIN * width * sizeof(float));
@@ -66,7 +73,7 @@ INLINE void nm_block(const char *block, const int32_t *starts, const float *x, l
                      int type, int most, int tokens) {
     const int bits = most <= 4 ? 2 : most <= 16 ? 4 : 8;
     u8x32 word = *(const u8x32 *)block;
-    UNROLL for (int s = 0; s < 32 / bits; s++) {
+    NM_UNROLL for (int s = 0; s < 32 / bits; s++) {
         if (s >= slots) break;
         v8 value = load8(block + 4 * lanes, (long)s * lanes, type);
         UNROLL for (int t = 0; t < tokens; t++)
@@ -113,7 +120,7 @@ INLINE void nm_panels(const struct padst_image *image, const float *x, long ldx,
         nm_panel(image, values + p * bytes, x, ldx, y + p * NM_ROWS, ldy, nm_lanes(image, p), type, most, tokens);
 }
 
-/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for whole panels. */
+/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for panels. */
 INLINE void nm_rows(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, int to,
                     int type, int tokens) {
     int m = image->parameter[1];
@@ -132,12 +139,20 @@ INLINE void nm_decode(const struct padst_image *image, const char *panel, int la
     const int bits = image->parameter[3], word = 32 / bits;
     const uint32_t mask = ((1u << bits) - 1) & (NM_MARGIN - 1);
     const int32_t *starts = section(image, image->starts);
-    const long size = lanes * (4 + word * (long)type_bytes(type));
-    for (int s = from; s < to; s++, values += NM_ROWS, places += NM_ROWS) {
-        const char *block = panel + s / word * size;
-        u8x32 index = *(const u8x32 *)block >> (uint32_t)(s % word * bits) & mask;
-        *(u8x32 *)places = (index + (uint32_t)starts[s]) * width;
-        *(v8 *)values = load8(block + 4 * lanes, (long)(s % word) * lanes, type);
+    const long step = lanes * (long)type_bytes(type);
+    const char *at = panel + from / word * (4L * lanes + word * step);
+    u8x32 index = *(const u8x32 *)at >> (uint32_t)(from % word * bits);
+    int within = from % word;
+    at += 4 * lanes + within * step;
+    for (int s = from; s < to; s++, within++, at += step, values += NM_ROWS, places += NM_ROWS) {
+        if (within == word) {
+            index = *(const u8x32 *)at;
+            at += 4 * lanes;
+            within = 0;
+        }
+        *(u8x32 *)places = ((index & mask) + (uint32_t)starts[s]) * width;
+        *(v8 *)values = load8(at, 0, type);
+        index >>= (uint32_t)bits;
     }
 }
 
