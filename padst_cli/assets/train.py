@@ -1,7 +1,7 @@
-"""Train the embedded checkpoint: `python -m padst_cli.assets.train --output DIR --minutes 85`.
+"""Train the embedded checkpoint: `python -m padst_cli.assets.train --output DIR`.
 
 A byte-level BPE and a small GPT-2 (4 layers, hidden 256, context 256, 2048 tokens) are trained on the train split of
-`python-source`. The run is bounded by minutes or by steps; the learning rate follows the share of that bound that is
+`python-source`. The run is bounded by steps or by minutes; the learning rate follows the share of that bound that is
 used up, so that it reaches zero at the end on any machine. DIR always holds the best checkpoint so far, whole, and
 beside it in `DIR-state` what an interrupted run goes on from when the same command is given again.
 
@@ -40,6 +40,7 @@ CONTEXT = 256
 LAYERS = 4
 HIDDEN = 256
 HEADS = 4
+STEPS = 4000
 
 log = logging.getLogger("padst.assets.train")
 
@@ -202,9 +203,9 @@ class Run:
 
     def share(self) -> float:
         """How much of the run is used up, 0 to 1."""
-        if self.arguments.steps is not None:
-            return min(1.0, self.progress.steps / self.arguments.steps)
-        return min(1.0, self.progress.seconds / (60.0 * self.arguments.minutes))
+        if self.arguments.minutes is not None:
+            return min(1.0, self.progress.seconds / (60.0 * self.arguments.minutes))
+        return min(1.0, self.progress.steps / self.arguments.steps)
 
     def step(self) -> Tensor:
         """One optimizer step on the batch that the step's number names; the detached loss."""
@@ -223,9 +224,9 @@ class Run:
     def facts(self, loss: float, windows: int) -> dict[str, object]:
         """The content of `training.json`."""
         flags = (
-            f"--minutes {self.arguments.minutes:g}"
-            if self.arguments.steps is None
-            else f"--steps {self.arguments.steps}"
+            f"--steps {self.arguments.steps}"
+            if self.arguments.minutes is None
+            else f"--minutes {self.arguments.minutes:g}"
         )
         return {
             "command": f"python -m padst_cli.assets.train --output DIR {flags}",
@@ -314,8 +315,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m padst_cli.assets.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint; an older one is replaced")
     bound = parser.add_mutually_exclusive_group()
-    bound.add_argument("--minutes", type=float, default=85.0)
-    bound.add_argument("--steps", type=int)
+    bound.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; the default made the shipped one")
+    bound.add_argument("--minutes", type=float, help="bound the run by time instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice without it")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -68,6 +68,14 @@ def test_training_lowers_the_held_out_loss(tmp_path: Path) -> None:
     assert losses[1] < losses[0] - 0.5
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_run_can_be_bounded_by_time(tmp_path: Path) -> None:
+    run(tmp_path / "out", "--minutes", "0.002")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["steps"] >= 1
+    assert facts["command"].endswith("--output DIR --minutes 0.002")
+
+
 def failing_after(steps: int, step: Callable[[train.Run], torch.Tensor]) -> Callable[[train.Run], torch.Tensor]:
     def stopped(self: train.Run) -> torch.Tensor:
         if self.progress.steps == steps:
@@ -138,6 +146,15 @@ def test_the_shipped_configuration_is_the_one_of_the_command(shipped: tuple[Any,
             content = file.read_text(encoding="utf-8")
             assert "/" not in content.replace("<|endoftext|>", "")
             assert "is_local" not in content
+
+
+def test_the_shipped_checkpoint_is_what_the_command_makes_by_default() -> None:
+    facts = json.loads((EMBEDDED_MODEL / "training.json").read_text())
+    defaults = train._arguments(["--output", "DIR"])
+    assert defaults.minutes is None
+    for name in ("steps", "batch_size", "learning_rate"):
+        assert facts[name] == getattr(defaults, name)
+    assert facts["command"].endswith(f"--output DIR --steps {defaults.steps}")
 
 
 def test_the_shipped_model_reads_python(shipped: tuple[Any, Any]) -> None:
