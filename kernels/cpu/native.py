@@ -35,7 +35,7 @@ def kernel_name(structure: str) -> str:
 
 def takes(x: Tensor) -> bool:
     """Whether the compiled kernels compute on such an input: float32, bfloat16 or float16, on the CPU."""
-    return x.dtype in TYPES and x.device.type == "cpu"
+    return x.is_cpu and x.dtype in TYPES
 
 
 class NativeKernel:
@@ -63,13 +63,14 @@ class NativeKernel:
         """The same without a record for gradients."""
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
+        dtype = x.dtype
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         status = self._forward(
             self._address,
             x.data_ptr(),
-            TYPES[x.dtype],
+            TYPES[dtype],
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.numel() // self.in_features,

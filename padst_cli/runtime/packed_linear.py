@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from padst_kernels.dispatch import Layout, NativeKernel, compact, kernel_name, prepare, select, takes_compact
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
 from padst_cli.permutation.apply import from_structure
@@ -98,7 +99,7 @@ class PackedLinear(nn.Module):
         """`[..., in] -> [..., out]`."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(x)
         if takes_compact(x):
             kernel = self._native or self._compact()
