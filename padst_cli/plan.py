@@ -106,13 +106,14 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     candidates, skipped = _find_targets(model, recipe)
     densities = _allocate(candidates, recipe)
     layers: list[LayerPlan] = []
+    misfits: list[Skipped] = []
     for candidate, density in zip(candidates, densities, strict=True):
         try:
             structure = structure_class(recipe.structure).for_density(
                 candidate.out_features, candidate.in_features, density, _options(recipe)
             )
         except DoesNotFit as error:
-            skipped.append(Skipped(candidate.name, str(error)))
+            misfits.append(Skipped(candidate.name, str(error)))
             continue
         sides = _sides(structure, recipe)
         layers.append(
@@ -127,12 +128,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             )
         )
     if not layers:
-        reasons = (
-            "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3]) or "it has no linear layers in blocks"
-        )
+        found = misfits or skipped
+        reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found[:3]) or "it has no linear layers in blocks"
         raise PadstError(f"structure '{recipe.structure}' fits no layer of this model ({reasons})")
     targets = {layer.name for layer in layers}
-    return Plan(tuple(layers), tuple(skipped), recipe.sparsity, _other_parameters(model, targets))
+    return Plan(tuple(layers), (*skipped, *misfits), recipe.sparsity, _other_parameters(model, targets))
 
 
 @dataclass(frozen=True)

@@ -201,10 +201,18 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
         raise PadstError(f"recipe '{name_or_path}' is not a mapping of keys to values")
     return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What the parser met and on which line, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"{getattr(error, 'problem', None) or 'it cannot be read'} in line {mark.line + 1}"
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -218,4 +226,8 @@ def _explain(error: ValidationError, source: str) -> str:
         known = list(model.model_fields)
         return f"{source}: unknown key '{key}'{nearest(location[-1], known)}; known here are {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {key}: {message}" if key else f"{source}: {message}"
+    if not key or message.startswith(location[-1]):
+        return f"{source}: {message}"
+    if first["type"] == "value_error":
+        return f"{source}: {key}: {message}"
+    return f"{source}: {key} is {first['input']!r}; {message.replace('Input should', 'it should', 1)}"

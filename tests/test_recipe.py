@@ -60,10 +60,10 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"permutation": {"dleta": 0.1}}, ["'permutation.dleta'", "'delta'"]),
         ({"zzz": 1}, ["unknown key 'zzz'", "known here are", "structure"]),
         ({"sparsity": 0}, ["between 0 and 1"]),
-        ({"sparsity": 1.0}, ["between 0 and 1"]),
+        ({"sparsity": 1.0}, ["mine.yaml': sparsity must lie between 0 and 1, both excluded, not 1.0"]),
         ({"sparsity": "much"}, ["sparsity"]),
-        ({"structure": "diagonal"}, ["structure", "diag"]),
-        ({"block_size": 8}, ["block_size", "16"]),
+        ({"structure": "diagonal"}, ["structure is 'diagonal'; it should be 'diag', 'nm',"]),
+        ({"block_size": 8}, ["block_size is 8; it should be 16, 32 or 64"]),
         ({"band": 0}, ["band"]),
         ({"nm": "4:2"}, ["1 <= N < M"]),
         ({"nm": "two:four"}, ["2:4"]),
@@ -120,7 +120,12 @@ def test_unknown_name_lists_the_recipes() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("structure: [diag", "not valid YAML"), ("- diag\n- nm\n", "not a mapping"), ("", "not a mapping")],
+    [
+        ("structure: diag\nsparsity: [0.5", "not valid YAML: .* in line 2"),
+        ("\x00", "not valid YAML"),
+        ("- diag\n- nm\n", "not a mapping"),
+        ("", "not a mapping"),
+    ],
 )
 def test_broken_files_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "broken.yaml"

@@ -68,7 +68,10 @@ def test_context_longer_than_the_model(run: Callable[..., str]) -> None:
 
 
 def test_structure_that_fits_no_layer(run: Callable[..., str]) -> None:
-    assert "fits no layer" in run(structure="diag", band=1000)
+    sentence = run(structure="diag", band=1000)
+    assert "fits no layer" in sentence
+    assert "whole bands of 1000" in sentence
+    assert "lm_head" not in sentence, "what is left alone anyway is no reason"
 
 
 def test_patterns_that_match_nothing(run: Callable[..., str]) -> None:
