@@ -11,7 +11,17 @@ from .cpu.native import NativeKernel
 from .cpu.torch_paths import DenseMatmul, GatherBmm
 from .layout import Kernel, Layout
 
-__all__ = ["Kernel", "Layout", "NativeKernel", "compact", "kernel_name", "prepare", "select", "takes_compact"]
+__all__ = [
+    "COMPACT_DTYPES",
+    "Kernel",
+    "Layout",
+    "NativeKernel",
+    "compact",
+    "kernel_name",
+    "prepare",
+    "select",
+    "takes_compact",
+]
 
 _KERNELS: dict[str, Callable[[Layout], Kernel]] = {kernel.name: kernel for kernel in (DenseMatmul, GatherBmm)}
 
@@ -20,6 +30,9 @@ GATHER_MAX_DENSITY = 0.25
 """Measured on one AVX2 core, 768 x 3072 in float32, 1 to 512 tokens: above it the gathers cost more than the zeros
 they skip.
 """
+
+COMPACT_DTYPES = frozenset(native.TYPES)
+"""Dtypes of x that compact kernels compute on."""
 
 takes_compact = native.takes
 

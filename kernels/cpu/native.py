@@ -61,24 +61,7 @@ class NativeKernel:
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same without a record for gradients."""
-        if not x.is_contiguous():
-            x = x.contiguous()
-        dtype = x.dtype
-        y = torch.empty((*x.shape[:-1], self.out_features), dtype=dtype)
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        status = self._forward(
-            self._address,
-            x.data_ptr(),
-            TYPES[dtype],
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.numel() // self.in_features,
-            torch.get_num_threads(),
-        )
-        if status:
-            raise MemoryError(f"{self.name} [{self.out_features}, {self.in_features}] failed with status {status}")
-        return y
+        return _call(self._forward, self._address, x, bias, self.out_features)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
@@ -117,22 +100,30 @@ def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: i
 
     Eager code calls `NativeKernel`: an operator costs ten times as much a call.
     """
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    tokens = x.numel() // x.shape[-1]
-    status = _library().padst_forward(
-        image.data_ptr(), x.data_ptr(), TYPES[x.dtype], _pointer(bias), y.data_ptr(), tokens, torch.get_num_threads()
-    )
-    if status:
-        raise MemoryError(f"padst::sparse_linear failed with status {status}")
-    return y
+    return _call(_library().padst_forward, image.data_ptr(), x, bias, out_features)
 
 
 @sparse_linear.register_fake
 def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     del image, bias
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """One call of the C kernel on the image at an address: `[..., in] -> [..., out_features]`."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    dtype, tokens = x.dtype, x.numel() // x.shape[-1]
+    y = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
+    at_bias = None
+    if bias is not None:
+        if bias.dtype != dtype or not bias.is_contiguous():
+            bias = bias.to(dtype).contiguous()
+        at_bias = bias.data_ptr()
+    status = forward(image, x.data_ptr(), TYPES[dtype], at_bias, y.data_ptr(), tokens, torch.get_num_threads())
+    if status:
+        raise MemoryError(f"padst's kernel for {out_features} outputs failed with status {status}")
+    return y
 
 
 def _library() -> ctypes.CDLL:

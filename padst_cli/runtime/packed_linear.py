@@ -7,7 +7,16 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from padst_kernels.dispatch import Layout, NativeKernel, compact, kernel_name, prepare, select, takes_compact
+from padst_kernels.dispatch import (
+    COMPACT_DTYPES,
+    Layout,
+    NativeKernel,
+    compact,
+    kernel_name,
+    prepare,
+    select,
+    takes_compact,
+)
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -255,7 +264,7 @@ class PackedLinear(nn.Module):
 def _prepare_for_tracing(layer: PackedLinear, dtype: torch.dtype) -> bool:
     # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A graph
     # keeps the values it was traced with until the module is moved, cast or loaded anew.
-    if layer._native is None and (dtype == torch.float64 or layer._compact() is None):
+    if dtype not in COMPACT_DTYPES or (layer._native is None and layer._compact() is None):
         prepare(layer._current_layout(), dtype)
     return True
 

@@ -104,6 +104,32 @@ def test_sixteen_bit_activations(make_case, structure, dtype):
         close(poisoned_call(kernel, x, bias), case.weight, x, bias)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_sixteen_bit_number_passes_unchanged(make_case, dtype):
+    # One diagonal of ones: what comes out went through the conversion to float32 and back, and nothing else.
+    case = make_case("diag", 64, 64, 1 / 64)
+    case.layout.tensors["values"].fill_(1.0)
+    case.layout.tensors["offsets"].fill_(0)
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 64)
+    # A row with a NaN or an infinity is all NaN: zero weights are multiplied too.
+    numbers = numbers[numbers.isfinite().all(dim=1)]
+    for x in (numbers, numbers[:1]):
+        assert torch.equal(poisoned_call(NativeKernel(case.layout), x.contiguous(), None), x)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_as_torch_rounds(make_case, dtype):
+    case = make_case("diag", 64, 64, 1 / 64)
+    case.layout.tensors["offsets"].fill_(0)
+    # A 16-bit number times a float32 value: products that fall between two 16-bit numbers, some among the subnormals.
+    values = case.layout.tensors["values"].copy_(torch.randn(1, 64) * torch.logspace(-9, 3, 64))
+    x = torch.randn(200, 64).to(dtype)
+    found = poisoned_call(NativeKernel(case.layout), x, None)
+    assert torch.equal(found, (x.float() * values).to(dtype))
+
+
 @pytest.mark.parametrize("value_dtype", list(TYPES))
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_the_image_gives_back_the_packed_tensors(make_case, family, shape, value_dtype):

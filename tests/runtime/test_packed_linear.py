@@ -138,6 +138,18 @@ def test_torch_compile_takes_the_layer_in_one_graph(structure):
         torch.testing.assert_close(compiled(x[:2]), expected[:2])
 
 
+@pytest.mark.parametrize("structure", ["diag", "block"])
+def test_a_compact_layer_is_compiled_for_float64_too(structure):
+    layer, weight, vector = make(structure)
+    layer(torch.randn(1, 80))
+    assert layer._native is not None
+    torch.compiler.reset()
+    layer.bias = torch.nn.Parameter(vector.double())
+    x = torch.randn(4, 80, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), functional.linear(x, weight.double(), vector.double()))
+
+
 def test_autocast_works():
     for structure in ("diag", "block"):
         layer, weight, vector = make(structure)

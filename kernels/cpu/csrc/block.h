@@ -12,9 +12,9 @@
 #ifndef PADST_BLOCK_H
 #define PADST_BLOCK_H
 
+#include "layout.h"
 #include "tile.h"
 
-#define STRIP 16
 #define BLOCK_MARGIN 64      /* inputs that the last block of a row may touch beyond the end */
 #define SEGMENT 128          /* columns of a panel whose inputs and weights stay in the first-level cache */
 #define BLOCK_TILE_KIB 320   /* of a transposed tile: what leaves room for sums in a 512 KiB second-level cache */

@@ -12,10 +12,9 @@
 #ifndef PADST_DIAG_H
 #define PADST_DIAG_H
 
-#include "parallel.h"
+#include "layout.h"
 #include "tile.h"
 
-#define CHUNK 32
 #define PANEL_FLOATS 7168 /* of a panel of inputs: 28 KiB, what stays in a 32 KiB first-level cache */
 #define ROW_TILE 256      /* outputs whose sums stay in the second-level cache while the panels pass by */
 

@@ -8,6 +8,7 @@
 #include "diag.h"
 #include "engine_table.h"
 #include "nm.h"
+#include "parallel.h"
 
 #include <stdatomic.h>
 
@@ -23,37 +24,42 @@ struct kernel {
     int (*widest)(const struct padst_image *);
 };
 
-#define DIAG_INSTANCE(NAME, TYPE)                                                                                      \
-    static void diag_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, \
-                                 int to, int tokens) {                                                                 \
-        diag_rows(image, x, ldx, y, ldy, from, to, TYPE, tokens);                                                      \
-    }                                                                                                                  \
-    static void diag_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,    \
-                                 int width) {                                                                          \
-        if (width >= 64) diag_tile(image, tile, sums, from, to, TYPE, 64 / LANES);                                     \
-        else if (width >= 32) diag_tile(image, tile, sums, from, to, TYPE, 32 / LANES);                                \
-        else if (width >= 16) diag_tile(image, tile, sums, from, to, TYPE, 16 / LANES);                                \
-        else diag_tile(image, tile, sums, from, to, TYPE, 1);                                                          \
+/* A structure's functions for one value type; by vectors of tokens where its tiles have 8, 16, 32 or 64. */
+#define ROWS_INSTANCE(STRUCTURE, NAME, TYPE)                                                                           \
+    static void STRUCTURE##_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, \
+                                        int from, int to, int tokens) {                                                \
+        STRUCTURE##_rows(image, x, ldx, y, ldy, from, to, TYPE, tokens);                                               \
     }
 
-DIAG_INSTANCE(f32, PADST_F32)
-DIAG_INSTANCE(bf16, PADST_BF16)
-DIAG_INSTANCE(f16, PADST_F16)
-
-#define BLOCK_INSTANCE(NAME, TYPE)                                                                                      \
-    static void block_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy,       \
-                                  int from, int to, int tokens) {                                                      \
-        block_rows(image, x, ldx, y, ldy, from, to, TYPE, tokens);                                                     \
-    }                                                                                                                  \
-    static void block_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,   \
-                                  int width) {                                                                         \
-        block_tile(image, tile, sums, from, to, width, TYPE);                                                          \
+#define VECTORS_INSTANCE(STRUCTURE, NAME, TYPE)                                                                        \
+    ROWS_INSTANCE(STRUCTURE, NAME, TYPE)                                                                               \
+    static void STRUCTURE##_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from,     \
+                                        int to, int width) {                                                           \
+        if (width >= 64) STRUCTURE##_tile(image, tile, sums, from, to, TYPE, 64 / LANES);                              \
+        else if (width >= 32) STRUCTURE##_tile(image, tile, sums, from, to, TYPE, 32 / LANES);                         \
+        else if (width >= 16) STRUCTURE##_tile(image, tile, sums, from, to, TYPE, 16 / LANES);                         \
+        else STRUCTURE##_tile(image, tile, sums, from, to, TYPE, 1);                                                   \
     }
 
-BLOCK_INSTANCE(f32, PADST_F32)
-BLOCK_INSTANCE(bf16, PADST_BF16)
-BLOCK_INSTANCE(f16, PADST_F16)
+#define WIDTH_INSTANCE(STRUCTURE, NAME, TYPE)                                                                          \
+    ROWS_INSTANCE(STRUCTURE, NAME, TYPE)                                                                               \
+    static void STRUCTURE##_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from,     \
+                                        int to, int width) {                                                           \
+        STRUCTURE##_tile(image, tile, sums, from, to, width, TYPE);                                                    \
+    }
 
+VECTORS_INSTANCE(diag, f32, PADST_F32)
+VECTORS_INSTANCE(diag, bf16, PADST_BF16)
+VECTORS_INSTANCE(diag, f16, PADST_F16)
+VECTORS_INSTANCE(nm, f32, PADST_F32)
+VECTORS_INSTANCE(nm, bf16, PADST_BF16)
+VECTORS_INSTANCE(nm, f16, PADST_F16)
+WIDTH_INSTANCE(block, f32, PADST_F32)
+WIDTH_INSTANCE(block, bf16, PADST_BF16)
+WIDTH_INSTANCE(block, f16, PADST_F16)
+
+static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
+static void pad_nm(const struct padst_image *image, float *x, long width) { nm_pad(image, x, width); }
 static void pad_block(const struct padst_image *image, float *x, long width) { block_pad(image, x, width); }
 
 /* A multiple of three vectors whose tile fits the second-level cache, or three vectors. */
@@ -62,29 +68,6 @@ static int block_widest(const struct padst_image *image) {
     while (width > step && (long)image->in_features * width * 4 > BLOCK_TILE_KIB * 1024L) width -= step;
     return width;
 }
-
-static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
-
-#define NM_INSTANCE(NAME, TYPE)                                                                                        \
-    static void nm_rows_##NAME(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, \
-                               int to, int tokens) {                                                                   \
-        if (tokens == 1) nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 1);                                            \
-        else if (tokens == 2) nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 2);                                       \
-        else nm_rows(image, x, ldx, y, ldy, from, to, TYPE, 4);                                                        \
-    }                                                                                                                  \
-    static void nm_tile_##NAME(const struct padst_image *image, const float *tile, float *sums, int from, int to,      \
-                               int width) {                                                                            \
-        if (width >= 64) nm_tile(image, tile, sums, from, to, TYPE, 64 / LANES);                                       \
-        else if (width >= 32) nm_tile(image, tile, sums, from, to, TYPE, 32 / LANES);                                  \
-        else if (width >= 16) nm_tile(image, tile, sums, from, to, TYPE, 16 / LANES);                                  \
-        else nm_tile(image, tile, sums, from, to, TYPE, 1);                                                            \
-    }
-
-NM_INSTANCE(f32, PADST_F32)
-NM_INSTANCE(bf16, PADST_BF16)
-NM_INSTANCE(f16, PADST_F16)
-
-static void pad_nm(const struct padst_image *image, float *x, long width) { nm_pad(image, x, width); }
 
 static const struct kernel kernels[PADST_STRUCTURES][3] = {
     [PADST_DIAG] = {{CHUNK, 8, CHUNK, ROW_TILE, diag_rows_f32, diag_tile_f32, pad_diag, NULL},

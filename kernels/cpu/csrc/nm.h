@@ -12,10 +12,9 @@
 #ifndef PADST_NM_H
 #define PADST_NM_H
 
-#include "parallel.h"
+#include "layout.h"
 #include "tile.h"
 
-#define NM_ROWS 8
 #define NM_MARGIN 32            /* inputs behind the last that a short last group's registers and idle lanes reach */
 #define NM_ROW_TILE 768         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
 #define NM_PANEL_FLOATS 7168    /* of a panel of inputs with its decoded slots, which stay in a 32 KiB first-level cache */
@@ -71,7 +70,7 @@ INLINE v8 nm_pick(const float *x, u8x32 word, int most) {
  * 4 / tokens of them, so that no addition waits for the one before. */
 INLINE void nm_block(const char *block, const int32_t *starts, const float *x, long ldx, v8 *sum, int lanes, int slots,
                      int type, int most, int tokens) {
-    const int bits = most <= 4 ? 2 : most <= 16 ? 4 : 8;
+    const int bits = nm_index_bits(most);
     u8x32 word = *(const u8x32 *)block;
     NM_UNROLL for (int s = 0; s < 32 / bits; s++) {
         if (s >= slots) break;
@@ -84,7 +83,7 @@ INLINE void nm_block(const char *block, const int32_t *starts, const float *x, l
 
 INLINE void nm_panel(const struct padst_image *image, const char *panel, const float *x, long ldx, float *y, long ldy,
                      int lanes, int type, int most, int tokens) {
-    const int bits = most <= 4 ? 2 : most <= 16 ? 4 : 8, word = 32 / bits;
+    const int bits = nm_index_bits(most), word = 32 / bits;
     const int32_t *starts = section(image, image->starts);
     const long full = NM_ROWS * (4 + word * (long)type_bytes(type)), size = full / NM_ROWS * lanes;
     int slots = image->parameter[2], s = 0;
@@ -120,14 +119,21 @@ INLINE void nm_panels(const struct padst_image *image, const float *x, long ldx,
         nm_panel(image, values + p * bytes, x, ldx, y + p * NM_ROWS, ldy, nm_lanes(image, p), type, most, tokens);
 }
 
-/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for panels. */
-INLINE void nm_rows(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, int to,
+INLINE void nm_groups(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, int to,
                     int type, int tokens) {
     int m = image->parameter[1];
     if (m <= 4) nm_panels(image, x, ldx, y, ldy, from, to, type, 4, tokens);
     else if (m <= 8) nm_panels(image, x, ldx, y, ldy, from, to, type, 8, tokens);
     else if (m <= 16) nm_panels(image, x, ldx, y, ldy, from, to, type, 16, tokens);
     else nm_panels(image, x, ldx, y, ldy, from, to, type, 32, tokens);
+}
+
+/* Few tokens, 1, 2 or 4: rows of gathered inputs [n][ldx] (padded by NM_MARGIN), sums [n][ldy] with room for panels. */
+INLINE void nm_rows(const struct padst_image *image, const float *x, long ldx, float *y, long ldy, int from, int to,
+                    int type, int tokens) {
+    if (tokens == 1) nm_groups(image, x, ldx, y, ldy, from, to, type, 1);
+    else if (tokens == 2) nm_groups(image, x, ldx, y, ldy, from, to, type, 2);
+    else nm_groups(image, x, ldx, y, ldy, from, to, type, 4);
 }
 
 /* -- many tokens --------------------------------------------------------------------------------------------------- */

@@ -1,7 +1,6 @@
 /* Blocks from the checkpoint's order, values [count][B][B] with block-CSR indices, into the strips of block.h and back. */
+#include "layout.h"
 #include "pack.h"
-
-#define STRIP 16
 
 /* Copy all values between the checkpoint's order and the image's; `pack` says whether into the image. */
 static void copy_values(const struct padst_image *header, const int32_t *starts, char *image, char *values, int pack) {

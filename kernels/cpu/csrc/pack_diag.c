@@ -1,9 +1,8 @@
 /* Diagonals from the checkpoint's order, values [K][min(out, in)] and offsets [K], into the chunks of diag.h and back. */
+#include "layout.h"
 #include "pack.h"
 
 #include <stdlib.h>
-
-#define CHUNK 32
 
 /* Inputs in front of the first and behind the last are padding of the gathered inputs: a run may start there. */
 struct run {

@@ -1,12 +1,9 @@
 /* N:M from the checkpoint's order, values [out][G][N] and bit-packed indices, into the panels of nm.h and back. */
+#include "layout.h"
 #include "pack.h"
 
-#define NM_ROWS 8
-
-static int index_bits(int32_t m) { return m <= 4 ? 2 : m <= 16 ? 4 : 8; }
-
 /* The checkpoint's indices of two inputs take a single bit. */
-static int stored_bits(int32_t m) { return m <= 2 ? 1 : index_bits(m); }
+static int stored_bits(int32_t m) { return m <= 2 ? 1 : nm_index_bits(m); }
 
 static int64_t words(const struct padst_image *image) {
     int word = 32 / image->parameter[3];
@@ -67,7 +64,7 @@ int64_t padst_pack_nm(const struct padst_layer *layer, int32_t n, int32_t m, con
     header.parameter[0] = n;
     header.parameter[1] = m;
     header.parameter[2] = (int32_t)slots;
-    header.parameter[3] = index_bits(m);
+    header.parameter[3] = nm_index_bits(m);
     header.values = reserve(&header.bytes, out * (4 * words(&header) + row_values(&header)));
     /* The last panel is read as if it had all lanes. */
     if (out % NM_ROWS) header.bytes += NM_ROWS * (int64_t)sizeof(float);
