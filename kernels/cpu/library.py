@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,11 +32,39 @@ class LayerHeader(ctypes.Structure):
     )
 
 
+class ImageHeader(ctypes.Structure):
+    """`struct padst_image` of padst.h."""
+
+    _fields_ = (
+        ("magic", ctypes.c_uint32),
+        ("version", ctypes.c_uint32),
+        ("structure", ctypes.c_int32),
+        ("value_type", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("bytes", ctypes.c_int64),
+        ("inv_in", ctypes.c_int64),
+        ("perm_out", ctypes.c_int64),
+        ("values", ctypes.c_int64),
+        ("indices", ctypes.c_int64),
+        ("starts", ctypes.c_int64),
+        ("parameter", ctypes.c_int32 * 8),
+    )
+
+
+def image_values(image: Tensor, count: int) -> Tensor:
+    """The first `count` values of a float32 image, a view `[count]` into it."""
+    first = ImageHeader.from_address(image.data_ptr()).values
+    return image[first : first + 4 * count].view(torch.float32)
+
+
 _HEADER = ctypes.POINTER(LayerHeader)
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_pack_diag": (_LONG, (_HEADER, _INT, _POINTER, _POINTER, _POINTER)),
     "padst_pack_nm": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER)),
     "padst_pack_block": (_LONG, (_HEADER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "padst_pack_rows": (_LONG, (_HEADER, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),
+    "padst_gradient": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT)),
     "padst_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "padst_unpack_permutations": (None, (_POINTER, _POINTER, _POINTER)),
     "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),

@@ -61,7 +61,7 @@ class NativeKernel:
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same without a record for gradients."""
-        return _call(self._forward, self._address, x, bias, self.out_features)
+        return call(self._forward, self._address, x, bias, self.out_features)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
@@ -70,7 +70,7 @@ class NativeKernel:
         status = _library().padst_unpack(self._address, tensors["values"].data_ptr(), *indices)
         if status:
             raise MemoryError(f"{self.name}: the image could not be read back (status {status})")
-        perms = (_pointer(tensors.get("perm_in")), _pointer(tensors.get("perm_out")))
+        perms = (pointer(tensors.get("perm_in")), pointer(tensors.get("perm_out")))
         _library().padst_unpack_permutations(self._address, *perms)
 
     def resident_bytes(self) -> int:
@@ -100,7 +100,7 @@ def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: i
 
     Eager code calls `NativeKernel`: an operator costs ten times as much a call.
     """
-    return _call(_library().padst_forward, image.data_ptr(), x, bias, out_features)
+    return call(_library().padst_forward, image.data_ptr(), x, bias, out_features)
 
 
 @sparse_linear.register_fake
@@ -109,7 +109,7 @@ def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tenso
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """One call of the C kernel on the image at an address: `[..., in] -> [..., out_features]`."""
     if not x.is_contiguous():
         x = x.contiguous()
@@ -133,7 +133,8 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's data, for a C function that takes NULL for none."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -142,7 +143,7 @@ def _pack(layout: Layout) -> Tensor:
     values = layout.tensors["values"].contiguous()
     perms = [None if perm is None else perm.to(torch.int32).contiguous() for perm in (layout.perm_in, layout.perm_out)]
     header = LayerHeader(
-        layout.out_features, layout.in_features, TYPES[values.dtype], _pointer(perms[0]), _pointer(perms[1])
+        layout.out_features, layout.in_features, TYPES[values.dtype], pointer(perms[0]), pointer(perms[1])
     )
     indices = [layout.tensors[key].contiguous() for key in _TENSORS[layout.structure]]
     if layout.structure == "nm":
@@ -151,11 +152,16 @@ def _pack(layout: Layout) -> Tensor:
         sizes = (int(layout.parameters["block_size"]), len(values))
     else:
         sizes = (len(values),)
-    pack = getattr(_library(), f"padst_pack_{layout.structure}")
-    arguments = (ctypes.byref(header), *sizes, *(index.data_ptr() for index in indices), values.data_ptr())
+    addresses = (index.data_ptr() for index in indices)
+    return make_image(layout.structure, ctypes.byref(header), *sizes, *addresses, values.data_ptr())
+
+
+def make_image(structure: str, *arguments: Any) -> Tensor:
+    """What the packer of a structure makes of its arguments (csrc/padst.h): uint8 `[bytes]` on a 64-byte boundary."""
+    pack = getattr(_library(), f"padst_pack_{structure}")
     size = pack(*arguments, None)
     if size < 0:
-        raise MemoryError(f"no memory for a {layout.structure} layer [{layout.out_features}, {layout.in_features}]")
+        raise MemoryError(f"padst's packer for {structure} failed with status {size}")
     room = torch.empty(size + ALIGN, dtype=torch.uint8)
     shift = -room.data_ptr() % ALIGN
     image = room[shift : shift + size]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from torch import Tensor, nn
 
 from padst_cli.initialise.start import LayerStart
@@ -21,6 +22,9 @@ from padst_cli.plan import Plan
 from padst_cli.recipe import Recipe
 from padst_cli.structures.base import Structure
 from padst_cli.training.dynadiag import DiagonalGates
+
+DENSE_PRODUCT = "torch-dense-masked"
+"""The name of the product that does not skip zeros."""
 
 
 class _Masked(torch.autograd.Function):
@@ -95,8 +99,12 @@ class Permutation(nn.Module):
 class SparseLinear(nn.Module):
     """A linear layer with a structured sparse weight S `[out, in]` and up to two permutations.
 
-    `weight` is a Parameter over all of `[out, in]`; its `.grad` is dense, so that support updates can look outside the
-    mask: whoever steps it must zero the gradient outside `mask` first. Input `[..., in]`, output `[..., out]`.
+    `weight` is a Parameter over all of `[out, in]`. Its `.grad` is dense where `dense_gradient` asks for it, so that
+    support updates can look outside the mask, and may be dense otherwise: whoever steps it must zero it outside `mask`
+    first. Input `[..., in]`, output `[..., out]`.
+
+    The product with S runs on compiled kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
+    a dense product with the masked weight. A permutation that is an index is folded into the kernel.
     """
 
     def __init__(
@@ -119,6 +127,12 @@ class SparseLinear(nn.Module):
         self.perm_in = perm_in
         self.perm_out = perm_out
         self.gates = gates
+        self.dense_gradient = True
+        self.computed_by: str | None = None
+        """What computed the last product with S."""
+        self._density = structure.density
+        self._block_size: int | None = structure.parameters().get("block_size")
+        self._kernel: TrainingKernel | None = None
 
     def effective_weight(self) -> Tensor:
         """S `[out, in]` as the forward pass uses it, exactly zero outside the mask."""
@@ -136,14 +150,53 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` `[..., in]`."""
-        if self.perm_in is not None:
-            x = self.perm_in(x)
-        y = F.linear(x, self.effective_weight(), self.bias if self.perm_out is None else None)
-        if self.perm_out is not None:
-            y = self.perm_out(y)
+        soft_in, soft_out = (
+            perm if perm is not None and perm.is_soft else None for perm in (self.perm_in, self.perm_out)
+        )
+        if soft_in is not None:
+            x = soft_in(x)
+        bias = self.bias if soft_out is None else None
+        kernel = self._kernel_for(x)
+        self.computed_by = DENSE_PRODUCT if kernel is None else kernel.name
+        if kernel is not None:
+            y = kernel(x, self.weight, bias, self.dense_gradient)
+        else:
+            y = self._dense_product(x, bias)
+        if soft_out is not None:
+            y = soft_out(y)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
         return y
+
+    def _sides(self, soft: bool) -> tuple[Permutation | None, Permutation | None]:
+        """The permutations of (input, output) that are soft, or those that are not; None in the place of others."""
+        sides = (self.perm_in, self.perm_out)
+        perm_in, perm_out = (perm if perm is not None and perm.is_soft == soft else None for perm in sides)
+        return perm_in, perm_out
+
+    def _kernel_for(self, x: Tensor) -> TrainingKernel | None:
+        """The compiled kernel where it serves and pays, made anew when the support or an index has changed."""
+        tokens = x.shape[:-1].numel()
+        if self.gates is not None or not serves(x, self.weight) or not pays(self._density, tokens, self._block_size):
+            return None
+        perms = tuple(perm.index if perm is not None else None for perm in (self.perm_in, self.perm_out))
+        if self._kernel is None or not self._kernel.fits(self.mask, *perms):
+            self._kernel = TrainingKernel(self.mask, *perms, self._block_size)
+        return self._kernel
+
+    def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same through the masked weight, zeros and all; permutations that are soft are the caller's."""
+        perm_in, perm_out = self._sides(soft=False)
+        if perm_in is not None:
+            x = perm_in(x)
+        if perm_out is None:
+            return F.linear(x, self.effective_weight(), bias)
+        y: Tensor = perm_out(F.linear(x, self.effective_weight()))
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Kernels hold addresses: a copy makes its own.
+        return {**self.__dict__, "_kernel": None}
 
     def permutations(self) -> Iterator[tuple[str, Permutation]]:
         """The sides that have a permutation: ("input" or "output", module)."""

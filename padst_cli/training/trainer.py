@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from padst_cli.data.items import collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
-from padst_cli.events import Evaluated, Hardened, OnEvent, Saved, Step, SupportUpdated, ignore
+from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
 from padst_cli.recipe import Recipe
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
@@ -173,12 +174,16 @@ class _Trainer:
         """Step until the end, a signal, or a loss that is not finite."""
         training, progress = self.recipe.training, self.progress
         self.model.train()
+        said = False
         with stop_on_signals() as stop:
             while progress.step < training.steps:
                 began = time.perf_counter()
                 terms, wants_stop = self._step(stop)
                 progress.seconds += time.perf_counter() - began
                 self._report(terms)
+                if not said:
+                    self._say_kernels()
+                    said = True
                 last = progress.step == training.steps
                 if wants_stop and not last:
                     self._stop()
@@ -215,6 +220,9 @@ class _Trainer:
     def _backward(self, index: int) -> dict[str, Tensor]:
         """Gradients of the step's whole batch into `.grad`; returns the mean loss and terms of this process's slice."""
         accumulation = self.recipe.training.accumulation
+        due = is_due(self.recipe.support, index, self.recipe.training.steps)
+        for layer in self.layers.values():
+            layer.dense_gradient = due
         sums: dict[str, Tensor] = {}
         for part in range(accumulation):
             batch = self._rows_of(index, part)
@@ -319,6 +327,13 @@ class _Trainer:
             penalties=self.hardener.penalties(),
             control=self.control,
         )
+
+    def _say_kernels(self) -> None:
+        """Tell what computes the sparse layers' products, so that nothing falls back unseen."""
+        names = Counter(layer.computed_by or "none: took no part" for layer in self.layers.values())
+        if names:
+            parts = ", ".join(f"{name} ({count} layers)" for name, count in names.most_common())
+            self.on_event(Message(f"sparse products in training by {parts}"))
 
     def _evaluate(self, evaluate: Evaluate) -> None:
         if self.accelerator.is_main_process:

@@ -1,12 +1,14 @@
 """The layer that is trained: what it computes, what it never lets through, and how it hardens."""
 
+import copy
+
 import pytest
 import torch
 
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.permutation.soft import balanced, matrix_of
 from padst_cli.structures import StructureOptions, structure_class, structure_names
-from padst_cli.training.sparse_linear import Permutation, SparseLinear, finished_layers, sparse_layers
+from padst_cli.training.sparse_linear import DENSE_PRODUCT, Permutation, SparseLinear, finished_layers, sparse_layers
 
 OUT, IN = 48, 32
 
@@ -53,6 +55,46 @@ def test_what_lies_outside_the_mask_never_leaks(poison, mixing):
     torch.testing.assert_close(layer(x), clean, rtol=0, atol=0)
     layer(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("sides", [("input",), ("input", "output")])
+@pytest.mark.parametrize("mixing", [None, 0.3])
+@pytest.mark.parametrize("name", structure_names())
+def test_compiled_product_equals_the_dense_one(name, mixing, sides):
+    layer, tokens = make(name, sides, mixing=mixing), 600
+    layer.dense_gradient = False
+    double = copy.deepcopy(layer).double()
+    x = torch.randn(2, tokens // 2, IN)
+    found, expected = layer(x), double(x.double())
+    dy = torch.randn(found.shape)
+    found.backward(dy)
+    expected.backward(dy.double())
+    assert layer.computed_by.endswith("-block" if name == "block" else "-rows")
+    assert double.computed_by == DENSE_PRODUCT
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(layer.parameters(), double.parameters(), strict=True):
+        wanted = torch.where(layer.mask, other.grad, 0.0) if one is layer.weight else other.grad
+        torch.testing.assert_close(one.grad.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_kernel_follows_support_and_permutation():
+    layer = make("diag", ("input",))
+    layer.dense_gradient = False
+    x = torch.randn(600, IN)
+    layer(x)
+    with torch.no_grad():
+        layer.mask.copy_(layer.mask.roll(1, 0))
+        layer.weight.normal_()
+    layer.perm_in.harden(layer.perm_in.index.flip(0))
+    dense = from_structure(torch.where(layer.mask, layer.weight, 0.0), layer.perm_in.index, None)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dense, layer.bias), rtol=1e-4, atol=1e-4)
+    assert layer.computed_by.endswith("-rows")
+
+
+def test_few_tokens_run_as_a_dense_product_and_say_so():
+    layer = make("diag")
+    layer(torch.randn(2, IN))
+    assert layer.computed_by == DENSE_PRODUCT
 
 
 def test_gradient_of_the_weight_is_that_of_the_dense_matrix():

@@ -7,13 +7,15 @@
 #include "block.h"
 #include "diag.h"
 #include "engine_table.h"
+#include "gradient.h"
 #include "nm.h"
 #include "parallel.h"
+#include "rows.h"
 
 #include <stdatomic.h>
 
 /* What a structure gives: functions for constant value types. `rows`: sums of units [from, to) for `tokens` gathered rows
- * (1, 2, 4 or 8). `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64; any multiple of LANES where
+ * (1, 2, 4 or 8), for at most `few` of them. `tile`: the same from a transposed tile of `width` tokens (8, 16, 32 or 64; any multiple of LANES where
  * `widest` is given, the most tokens for this image), for `together` outputs at once. `pad`: what stands in front and
  * behind the inputs, `width` floats an input. */
 struct kernel {
@@ -58,9 +60,17 @@ WIDTH_INSTANCE(block, f32, PADST_F32)
 WIDTH_INSTANCE(block, bf16, PADST_BF16)
 WIDTH_INSTANCE(block, f16, PADST_F16)
 
+static void rows_tile_f32(const struct padst_image *image, const float *tile, float *sums, int from, int to, int width) {
+    if (width >= 64) rows_tile(image, tile, sums, from, to, 64 / LANES);
+    else if (width >= 32) rows_tile(image, tile, sums, from, to, 32 / LANES);
+    else if (width >= 16) rows_tile(image, tile, sums, from, to, 16 / LANES);
+    else rows_tile(image, tile, sums, from, to, 1);
+}
+
 static void pad_diag(const struct padst_image *image, float *x, long width) { diag_pad(image, x, width); }
 static void pad_nm(const struct padst_image *image, float *x, long width) { nm_pad(image, x, width); }
 static void pad_block(const struct padst_image *image, float *x, long width) { block_pad(image, x, width); }
+static void pad_nothing(const struct padst_image *image, float *x, long width) { (void)image, (void)x, (void)width; }
 
 /* A multiple of three vectors whose tile fits the second-level cache, or three vectors. */
 static int block_widest(const struct padst_image *image) {
@@ -79,6 +89,7 @@ static const struct kernel kernels[PADST_STRUCTURES][3] = {
     [PADST_BLOCK] = {{STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_f32, block_tile_f32, pad_block, block_widest},
                      {STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_bf16, block_tile_bf16, pad_block, block_widest},
                      {STRIP, 8, BLOCK_MARGIN, ROW_TILE, block_rows_f16, block_tile_f16, pad_block, block_widest}},
+    [PADST_ROWS] = {{1, 0, 0, ROWS_TOGETHER, NULL, rows_tile_f32, pad_nothing, NULL}},
 };
 
 #define SMALLEST_TILE (LANES < 16 ? 8 : LANES)
@@ -229,9 +240,9 @@ static int forward(const struct padst_image *image, const void *x, int type, con
                    int threads) {
     struct call call = {.image = image, .kernel = &kernels[image->structure][image->value_type],
                         .x = x, .bias = bias, .y = y, .type = type, .tokens = tokens};
-    if (!call.kernel->rows) return PADST_BAD_IMAGE;
+    if (!call.kernel->tile) return PADST_BAD_IMAGE;
     if (tokens <= call.kernel->few) return run_rows(&call, threads);
     return run_tiles(&call, threads);
 }
 
-const struct padst_engine ENGINE = {forward};
+const struct padst_engine ENGINE = {forward, gradient};

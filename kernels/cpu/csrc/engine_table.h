@@ -7,6 +7,8 @@
 struct padst_engine {
     int (*forward)(const struct padst_image *image, const void *x, int type, const void *bias, void *y, int64_t tokens,
                    int threads);
+    int (*gradient)(const struct padst_image *image, const struct padst_image *transposed, const float *x,
+                    const float *dy, float *gradient, int64_t tokens, int threads);
 };
 
 extern const struct padst_engine padst_engine_portable, padst_engine_avx2, padst_engine_avx512;

@@ -39,3 +39,12 @@ int padst_forward(const void *image, const void *x, int type, const void *bias, 
         return PADST_BAD_IMAGE;
     return engines[padst_isa()]->forward(header, x, type, bias, y, tokens, threads < 1 ? 1 : threads);
 }
+
+int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
+                   int64_t tokens, int threads) {
+    const struct padst_image *header = image, *back = transposed;
+    if (header->magic != PADST_MAGIC || header->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
+    if (back->magic != PADST_MAGIC || back->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
+    if (header->out_features != back->in_features || header->in_features != back->out_features) return PADST_BAD_IMAGE;
+    return engines[padst_isa()]->gradient(header, back, x, dy, gradient, tokens, threads < 1 ? 1 : threads);
+}

@@ -3,7 +3,7 @@
  * A layer is run from its *image*: one block of bytes that holds everything a kernel reads (values, indices and
  * permutations, in the kernel's own order), with offsets instead of pointers, so that it can be copied, kept in a
  * tensor and memory-mapped. padst_pack_* makes an image from the packed tensors of a checkpoint, padst_unpack gives these
- * back bit for bit. The layouts are described over the structures' own files (diag.h, nm.h, block.h).
+ * back bit for bit. The layouts are described over the structures' own files (diag.h, nm.h, block.h, rows.h).
  *
  * Matrices are row-major. Tokens are rows: x [tokens, in], y [tokens, out]. Values are stored as float32, bfloat16 or
  * float16; all arithmetic is in float32. Functions return 0, or a negative padst_status.
@@ -15,7 +15,7 @@
 
 enum padst_type { PADST_F32 = 0, PADST_BF16 = 1, PADST_F16 = 2 };
 
-enum padst_structure { PADST_DIAG = 0, PADST_NM = 1, PADST_BLOCK = 2, PADST_STRUCTURES = 3 };
+enum padst_structure { PADST_DIAG = 0, PADST_NM = 1, PADST_BLOCK = 2, PADST_ROWS = 3, PADST_STRUCTURES = 4 };
 
 enum padst_isa { PADST_PORTABLE = 0, PADST_AVX2 = 1, PADST_AVX512 = 2, PADST_ISAS = 3 };
 
@@ -55,6 +55,9 @@ int64_t padst_pack_nm(const struct padst_layer *layer, int32_t n, int32_t m, con
                       const void *values, void *image);
 int64_t padst_pack_block(const struct padst_layer *layer, int32_t block_size, int32_t count,
                          const int32_t *row_offsets, const int32_t *col_indices, const void *values, void *image);
+/* Any support, for training (rows.h): float32, at most 65535 features a side; `values` may be NULL. */
+int64_t padst_pack_rows(const struct padst_layer *layer, int32_t count, const int32_t *row_starts,
+                        const int32_t *columns, const float *values, void *image);
 
 /* The checkpoint's tensors again: `values` and the integer tensors in the order of the packer's arguments (`first`:
  * offsets, indices or row_offsets; `second`: col_indices of blocks, else NULL). */
@@ -66,6 +69,12 @@ void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *per
 /* y = (S x[perm_in])[perm_out] + b for `tokens` rows on up to `threads` threads. x, bias (may be NULL) and y are all of
  * type `type`. */
 int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads);
+
+/* The gradient of the values: for every value of `image` (blocks or rows, float32), in the image's order, adds the sum over
+ * tokens of its input times the gradient dy of its output. x [tokens, in] and dy [tokens, out] are float32; `transposed` is
+ * the image of the layer that leads back, S transposed with perm_in' = perm_out^-1 and perm_out' = perm_in^-1. */
+int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
+                   int64_t tokens, int threads);
 
 /* Which instruction set serves padst_forward, and choosing one (PADST_NOT_BUILT where compiler or machine lack it). */
 int padst_isa(void);

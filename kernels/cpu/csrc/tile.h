@@ -35,26 +35,31 @@ INLINE void scatter_row(const float *z, const int32_t *perm_out, int out, int ty
     }
 }
 
-/* Tokens [0, n) of x [n, in] as tile [in][width], column c in row inv_in[c]; tokens n to width are zero. `width` and the
- * tile's alignment are multiples of 8 floats. */
+/* Tokens [0, some) of x [some, in], at most 8, as columns of a tile [in][width], column c in row inv_in[c]; columns some to
+ * 8 are zero. `width` and the tile's alignment are multiples of 8 floats. */
+INLINE void tile_in8(const void *x, int some, int in, int type, const uint16_t *inv_in, float *tile, int width) {
+    int c = 0;
+    for (; c + 8 <= in; c += 8) {
+        v8 r[8];
+        /* Eight rows at once are more than the processor foresees: ask for their lines ahead. */
+        if (c % 16 == 0)
+            UNROLL for (int i = 0; i < 8; i++)
+                prefetch((const char *)x + ((long)i * in + c) * (long)type_bytes(type) + 256);
+        UNROLL for (int i = 0; i < 8; i++) r[i] = i < some ? load8(x, (long)i * in + c, type) : (v8){0};
+        transpose8(r);
+        UNROLL for (int i = 0; i < 8; i++) *(v8 *)(tile + (long)(inv_in ? inv_in[c + i] : c + i) * width) = r[i];
+    }
+    for (; c < in; c++) {
+        float *to = tile + (long)(inv_in ? inv_in[c] : c) * width;
+        for (int i = 0; i < 8; i++) to[i] = i < some ? load_one(x, (long)i * in + c, type) : 0.0f;
+    }
+}
+
+/* Tokens [0, n) of x [n, in] as tile [in][width], as tile_in8; tokens n to width are zero. */
 INLINE void tile_in(const void *x, int n, int in, int type, const uint16_t *inv_in, float *tile, int width) {
     for (int t = 0; t < width; t += 8) {
-        int some = n - t < 8 ? n - t : 8, c = 0;
-        if (some <= 0) some = 0;
-        for (; c + 8 <= in; c += 8) {
-            v8 r[8];
-            /* Eight rows at once are more than the processor foresees: ask for their lines ahead. */
-            if (c % 16 == 0)
-                UNROLL for (int i = 0; i < 8; i++)
-                    prefetch((const char *)x + ((long)(t + i) * in + c) * (long)type_bytes(type) + 256);
-            UNROLL for (int i = 0; i < 8; i++) r[i] = i < some ? load8(x, (long)(t + i) * in + c, type) : (v8){0};
-            transpose8(r);
-            UNROLL for (int i = 0; i < 8; i++) *(v8 *)(tile + (long)(inv_in ? inv_in[c + i] : c + i) * width + t) = r[i];
-        }
-        for (; c < in; c++) {
-            float *to = tile + (long)(inv_in ? inv_in[c] : c) * width + t;
-            for (int i = 0; i < 8; i++) to[i] = i < some ? load_one(x, (long)(t + i) * in + c, type) : 0.0f;
-        }
+        int some = n - t < 0 ? 0 : n - t < 8 ? n - t : 8;
+        tile_in8((const char *)x + (long)t * in * (long)type_bytes(type), some, in, type, inv_in, tile + t, width);
     }
 }
 
