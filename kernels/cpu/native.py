@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
+from .arena import image_memory
 from .library import ISAS, TYPES, LayerHeader, library
 
-ALIGN = 64
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
 
@@ -162,8 +162,6 @@ def make_image(structure: str, *arguments: Any) -> Tensor:
     size = pack(*arguments, None)
     if size < 0:
         raise MemoryError(f"padst's packer for {structure} failed with status {size}")
-    room = torch.empty(size + ALIGN, dtype=torch.uint8)
-    shift = -room.data_ptr() % ALIGN
-    image = room[shift : shift + size]
+    image = image_memory(size)
     pack(*arguments, image.data_ptr())
     return image

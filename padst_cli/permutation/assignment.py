@@ -27,8 +27,11 @@ GROUP_SIZE = 2048
 """Above `EXACT_LIMIT`, slots are shuffled in each round and assigned within groups of this many."""
 EXCHANGE_LIMIT = 512
 """Most N:M groups that exchange columns with each other in one move; its time grows with their square."""
+EXCHANGE_ROWS = 2048
+"""Most rows that one sweep of exchanges sums its gains over: more are sampled, anew for each sweep."""
 _STAY = 1e-9
-_ENOUGH = 1e-7
+_ENOUGH = 1e-4
+"""A round that adds less than this to the kept share is the last."""
 
 
 class Supporting(Protocol):
@@ -140,9 +143,11 @@ def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, gene
 
     `score` `[out, in]` has its columns in coordinates of W. In each of up to M moves one column of every group is
     lifted; a lifted column c brings group g the gain `sum over rows of relu(score[c] - theta[g])`, where theta is the
-    N-th largest score of the group's other columns. The summed kept score never falls. More than `EXCHANGE_LIMIT`
-    groups are drawn into equal parts in each move, and columns stay within their part.
+    N-th largest score of the group's other columns. The kept score of the rows summed over never falls. More than
+    `EXCHANGE_LIMIT` groups are drawn into equal parts in each move, and columns stay within their part.
     """
+    if len(score) > EXCHANGE_ROWS:
+        score = score[torch.randperm(len(score), generator=generator)[:EXCHANGE_ROWS].to(score.device)]
     size = score.shape[1]
     groups = math.ceil(size / m)
     perm = perm_in.long().clone()
@@ -174,7 +179,8 @@ def _thresholds(ordered: Tensor, slots: Tensor, n: int, m: int) -> Tensor:
     """Theta `[out, groups]` of `ordered` `[out, in]`, in slot order, once the columns in `slots` are lifted."""
     rest = torch.nn.functional.pad(ordered, (0, -ordered.shape[1] % m))
     rest[:, slots] = 0.0
-    return rest.view(ordered.shape[0], -1, m).topk(n, dim=2).values[:, :, -1]
+    grouped = rest.view(ordered.shape[0], -1, m)
+    return grouped.amax(dim=2) if n == 1 else grouped.topk(n, dim=2).values[:, :, -1]
 
 
 def _seat_gains(lifted: Tensor, theta: Tensor) -> Tensor:

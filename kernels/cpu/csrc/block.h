@@ -19,7 +19,6 @@
 #define SEGMENT 128          /* columns of a panel whose inputs and weights stay in the first-level cache */
 #define BLOCK_TILE_KIB 320   /* of a transposed tile: what leaves room for sums in a 512 KiB second-level cache */
 #define BLOCK_WIDEST 96      /* tokens of a tile */
-#define AHEAD 4096           /* bytes: 16-bit values come too slowly by themselves, float32 no faster for being asked */
 
 /* The strips of one panel. */
 struct panel {
@@ -55,8 +54,7 @@ INLINE void block_panel_rows(struct panel panel, const float *x, long ldx, float
     for (int b = 0; b < panel.blocks; b++) {
         const float *input = x + (long)panel.columns[b] * panel.size;
         for (int c = 0; c < panel.size; c += unrolled, input += unrolled, w += unrolled * STRIP * type_bytes(type)) {
-            if (tokens == 1 && type != PADST_F32)
-                UNROLL for (int line = 0; line < unrolled * STRIP * 2; line += 64) prefetch(w + AHEAD + line);
+            if (tokens == 1) prefetch_ahead(w, unrolled * STRIP * (long)type_bytes(type));
             UNROLL for (int u = 0; u < unrolled; u++) UNROLL for (int t = 0; t < tokens; t++) {
                 vec value = splat(input[t * ldx + u]);
                 UNROLL for (int v = 0; v < VECTORS; v++)

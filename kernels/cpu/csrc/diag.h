@@ -36,7 +36,8 @@ INLINE void diag_chunk(const void *values, const uint16_t *starts, int entries, 
         for (int e = 0; e < entries; e++) {
             long at = (long)e * CHUNK + part;
             const float *run = x + starts[e] - CHUNK + part;
-            if (tokens == 1) prefetch((const char *)values + (at + 1024) * (long)type_bytes(type));
+            if (tokens == 1)
+                prefetch_ahead((const char *)values + at * (long)type_bytes(type), vectors * LANES * (long)type_bytes(type));
             UNROLL for (int v = 0; v < vectors; v++) {
                 vec w = load(values, at + v * LANES, type);
                 UNROLL for (int t = 0; t < tokens; t++) sum[v][t] += w * loadf(run + t * ldx + v * LANES);

@@ -19,7 +19,6 @@
 #define NM_ROW_TILE 768         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
 #define NM_PANEL_FLOATS 7168    /* of a panel of inputs with its decoded slots, which stay in a 32 KiB first-level cache */
 #define NM_PANEL_SLOTS 320      /* enough for every N and M: NM_PANEL_FLOATS / (8 + 2 * NM_ROWS), a group's N more */
-#define NM_PREFETCH 2048
 
 /* Picking is a loop over lanes where there is no permute instruction: unrolled blocks would be huge and no faster. */
 #if defined(__AVX2__)
@@ -90,7 +89,7 @@ INLINE void nm_panel(const struct padst_image *image, const char *panel, const f
     v8 sum[4] = {{0}, {0}, {0}, {0}};
     if (lanes == NM_ROWS)
         for (; s + word <= slots; s += word, panel += full) {
-            UNROLL for (long line = 0; line < full; line += 64) prefetch(panel + NM_PREFETCH + line);
+            prefetch_ahead(panel, full);
             nm_block(panel, starts + s, x, ldx, sum, NM_ROWS, word, type, most, tokens);
         }
     for (; s < slots; s += word, panel += size)

@@ -11,6 +11,14 @@ INLINE const void *section(const struct padst_image *image, int64_t offset) {
     return offset ? (const char *)image + offset : NULL;
 }
 
+#define AHEAD 8192
+
+/* Ask for the `bytes` (a constant) that come AHEAD bytes behind `at`: weights that are read once stream from memory faster
+ * than the processor foresees, above all across the ends of pages. */
+INLINE void prefetch_ahead(const char *at, long bytes) {
+    UNROLL for (long line = 0; line < bytes; line += 64) prefetch(at + AHEAD + line);
+}
+
 /* to[inv_in[c]] = x[c], inv_in NULL for the identity: stores, not loads, set the pace either way. */
 INLINE void gather_row(const void *x, long row, int type, const uint16_t *inv_in, int in, float *to) {
     int c = 0;
