@@ -15,7 +15,6 @@
 #include "layout.h"
 #include "tile.h"
 
-#define PANEL_FLOATS 7168 /* of a panel of inputs: 28 KiB, what stays in a 32 KiB first-level cache */
 #define ROW_TILE 256      /* outputs whose sums stay in the second-level cache while the panels pass by */
 
 /* Inputs in front of the first and behind the last, as the layout wants them: for out > in runs only touch zeros there. */
@@ -85,6 +84,10 @@ INLINE void diag_tile_rows(const void *values, const uint16_t *indices, int entr
     UNROLL for (int v = 0; v < rows * vectors; v++) storef(sums + v * LANES, sum[v]);
 }
 
+INLINE double diag_density(const struct padst_image *image) {
+    return (double)image->parameter[0] / (image->out_features > image->in_features ? image->out_features : image->in_features);
+}
+
 /* Sums of at most ROW_TILE outputs, panel by panel of inputs. */
 INLINE void diag_tile_group(const struct padst_image *image, const float *tile, float *sums, int from, int to, int type,
                             int vectors) {
@@ -92,7 +95,7 @@ INLINE void diag_tile_group(const struct padst_image *image, const float *tile, 
     const uint16_t *indices = section(image, image->indices);
     const int32_t *starts = section(image, image->starts);
     int width = vectors * LANES, rows = vectors >= 8 ? 1 : 8 / vectors;
-    int panel = PANEL_FLOATS / width - CHUNK, last = image->in_features + 2 * CHUNK;
+    int panel = panel_floats(diag_density(image)) / width - CHUNK, last = image->in_features + 2 * CHUNK;
     int32_t cursor[ROW_TILE / CHUNK];
     for (int chunk = from; chunk < to; chunk++) cursor[chunk - from] = starts[chunk];
     for (int limit = panel; limit - panel < last; limit += panel)

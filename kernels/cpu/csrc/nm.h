@@ -17,8 +17,7 @@
 
 #define NM_MARGIN 32            /* inputs behind the last that a short last group's registers and idle lanes reach */
 #define NM_ROW_TILE 768         /* outputs whose sums stay in the second-level cache while the panels of inputs pass by */
-#define NM_PANEL_FLOATS 7168    /* of a panel of inputs with its decoded slots, which stay in a 32 KiB first-level cache */
-#define NM_PANEL_SLOTS 320      /* enough for every N and M: NM_PANEL_FLOATS / (8 + 2 * NM_ROWS), a group's N more */
+#define NM_PANEL_SLOTS 640      /* enough for every N and M: MOST_PANEL_FLOATS / (8 + 2 * NM_ROWS), a group's N more */
 
 /* Picking is a loop over lanes where there is no permute instruction: unrolled blocks would be huge and no faster. */
 #if defined(__AVX2__)
@@ -178,7 +177,7 @@ INLINE void nm_tile_rows(const float *values, const uint32_t *places, int slots,
 /* Groups of inputs in a panel of them: as many as fit with their decoded slots, evenly shared out. */
 INLINE int nm_panel_groups(const struct padst_image *image, int width) {
     int n = image->parameter[0], m = image->parameter[1], groups = image->parameter[2] / n;
-    int fit = NM_PANEL_FLOATS / (m * width + 2 * NM_ROWS * n), panels;
+    int fit = panel_floats((double)n / m) / (m * width + 2 * NM_ROWS * n), panels;
     if (fit < 1) fit = 1;
     panels = (groups + fit - 1) / fit;
     return (groups + panels - 1) / panels;

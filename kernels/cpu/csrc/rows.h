@@ -12,9 +12,12 @@
 
 #include "tile.h"
 
-#define ROWS_PANEL_FLOATS 7168 /* of a panel of inputs: 28 KiB, what stays in a 32 KiB first-level cache */
 #define ROWS_TOGETHER 256      /* rows whose sums stay in the second-level cache while the panels pass by */
 #define GRADIENT_WIDTH 64      /* tokens of a tile of the gradient */
+
+INLINE double rows_density(const struct padst_image *image) {
+    return image->parameter[0] / ((double)image->out_features * image->in_features);
+}
 
 /* sums += values[e] * tile[columns[e]] for the entries from `e` on that lie below column `limit`; returns the next one. */
 INLINE int rows_part(const float *values, const uint16_t *columns, int e, int end, int limit, const float *tile,
@@ -36,7 +39,7 @@ INLINE void rows_tile(const struct padst_image *image, const float *tile, float 
     const float *values = section(image, image->values);
     const uint16_t *columns = section(image, image->indices);
     const int32_t *starts = section(image, image->starts);
-    const int width = vectors * LANES, panel = ROWS_PANEL_FLOATS / width;
+    const int width = vectors * LANES, panel = panel_floats(rows_density(image)) / width;
     int32_t cursor[ROWS_TOGETHER];
     memset(sums, 0, (size_t)(to - from) * (size_t)width * sizeof(float));
     for (int group = from; group < to; group += ROWS_TOGETHER) {
@@ -97,7 +100,7 @@ INLINE void rows_gradient(const struct padst_image *image, const float *x, const
                           int to) {
     const uint16_t *columns = section(image, image->indices);
     const int32_t *starts = section(image, image->starts);
-    const int panel = ROWS_PANEL_FLOATS / GRADIENT_WIDTH;
+    const int panel = panel_floats(rows_density(image)) / GRADIENT_WIDTH;
     int32_t cursor[ROWS_TOGETHER];
     for (int group = from; group < to; group += ROWS_TOGETHER) {
         int end = group + ROWS_TOGETHER < to ? group + ROWS_TOGETHER : to;

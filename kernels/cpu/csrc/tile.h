@@ -13,6 +13,11 @@ INLINE const void *section(const struct padst_image *image, int64_t offset) {
 
 #define AHEAD 8192
 
+#define MOST_PANEL_FLOATS 14336
+/* Floats of a panel of a transposed tile that all rows are taken through before the next: 28 KiB, what stays in a 32 KiB
+ * first-level cache; more where a row reads few inputs of a panel, and loading its sums anew would be the larger part. */
+INLINE int panel_floats(double density) { return density > 0.2 ? 7168 : density > 0.07 ? 10240 : MOST_PANEL_FLOATS; }
+
 /* Ask for the `bytes` (a constant) that come AHEAD bytes behind `at`: weights that are read once stream from memory faster
  * than the processor foresees, above all across the ends of pages. */
 INLINE void prefetch_ahead(const char *at, long bytes) {
