@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .selftest import agree
+
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -70,6 +72,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),
     "padst_isa": (_INT, ()),
     "padst_use_isa": (_INT, (_INT,)),
+    "padst_runs": (_INT, (_INT,)),
     "padst_set_team": (None, (_POINTER,)),
 }
 
@@ -111,4 +114,12 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    return open_library(path)
+    lib = open_library(path)
+    portable, avx512 = ISAS.index("portable"), ISAS.index("avx512")
+    if not lib.padst_runs(avx512):
+        return lib
+    if not agree(lib, LayerHeader, TYPES, portable, avx512):
+        warnings.warn(
+            "padst's AVX-512 kernels failed their test on this machine; AVX2 is used", RuntimeWarning, stacklevel=2
+        )
+    return lib

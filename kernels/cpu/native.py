@@ -114,7 +114,7 @@ def call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None
     if not x.is_contiguous():
         x = x.contiguous()
     dtype, tokens = x.dtype, x.numel() // x.shape[-1]
-    y = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
+    y = x.new_empty((*x.shape[:-1], out_features))
     at_bias = None
     if bias is not None:
         if bias.dtype != dtype or not bias.is_contiguous():

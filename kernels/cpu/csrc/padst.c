@@ -7,7 +7,7 @@ static const struct padst_engine *const engines[PADST_ISAS] = {
 
 static int chosen = -1;
 
-static int runs_here(int isa) {
+int padst_runs(int isa) {
     if (isa < 0 || isa >= PADST_ISAS || !engines[isa]->forward) return 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -21,14 +21,14 @@ static int runs_here(int isa) {
 }
 
 int padst_use_isa(int isa) {
-    if (!runs_here(isa)) return PADST_NOT_BUILT;
+    if (!padst_runs(isa)) return PADST_NOT_BUILT;
     chosen = isa;
     return PADST_OK;
 }
 
 /* AVX2 unless told otherwise: AVX-512 is for whoever has compared it with the portable path first. */
 int padst_isa(void) {
-    if (chosen < 0) chosen = runs_here(PADST_AVX2) ? PADST_AVX2 : PADST_PORTABLE;
+    if (chosen < 0) chosen = padst_runs(PADST_AVX2) ? PADST_AVX2 : PADST_PORTABLE;
     return chosen;
 }
 

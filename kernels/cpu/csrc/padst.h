@@ -76,8 +76,9 @@ int padst_forward(const void *image, const void *x, int type, const void *bias, 
 int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
                    int64_t tokens, int threads);
 
-/* Which instruction set serves padst_forward, and choosing one (PADST_NOT_BUILT where compiler or machine lack it). */
+/* Which instruction set serves, whether this build and this machine have one, and choosing it (else PADST_NOT_BUILT). */
 int padst_isa(void);
+int padst_runs(int isa);
 int padst_use_isa(int isa);
 
 /* Give the function that runs fn(data) on `threads` threads at once: GOMP_parallel of the OpenMP library that the
