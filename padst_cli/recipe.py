@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,18 @@ StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
+
+
+LEARNING_RATES: Final[Mapping[str, float]] = {
+    "causal-lm": 1e-3,
+    "masked-lm": 3e-4,
+    "image-classification": 1e-4,
+    "encoder": 3e-4,
+}
+"""Peak learning rate by task where a recipe names none."""
+
+FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
+"""Keys, dotted, that may be None in a recipe until its run has opened the model."""
 
 
 class _Strict(BaseModel):
@@ -67,14 +79,14 @@ class TrainingRecipe(_Strict):
 
     `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
     dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
-    only.
+    only. `learning_rate` None is filled in from `LEARNING_RATES` once the task is known.
     """
 
     steps: int = Field(default=1000, ge=0)
     batch_size: int = Field(default=16, ge=1)
     accumulation: int = Field(default=1, ge=1)
     max_seq_length: int = Field(default=256, ge=2)
-    learning_rate: float = Field(default=1e-3, gt=0.0)
+    learning_rate: float | None = Field(default=None, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     warmup: float = Field(default=0.05, ge=0.0, le=1.0)
     clip_norm: float = Field(default=1.0, gt=0.0)
@@ -147,14 +159,18 @@ class Recipe(_Strict):
 
     def updated(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, e.g. `{"training.steps": 10}`; raises `PadstError` as `from_dict` does."""
-        raw = self.model_dump()
+        raw = self.model_dump(exclude_unset=True)
         for key, value in changes.items():
             target = raw
             *parents, leaf = key.split(".")
             for parent in parents:
-                target = target[parent]
+                target = target.setdefault(parent, {})
             target[leaf] = value
         return Recipe.from_dict(raw)
+
+    def stated(self) -> dict[str, Any]:
+        """The values that a file, a flag or the run itself stated, by dotted key; defaults are left out."""
+        return dotted(self.model_dump(mode="json", exclude_unset=True))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -167,6 +183,14 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The whole recipe as YAML that `load_recipe` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as a flat one: `{"training": {"steps": 10}}` -> `{"training.steps": 10}`."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def parse_nm(text: str) -> tuple[int, int]:

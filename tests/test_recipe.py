@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from padst_cli.checkpoint.reader import Task
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe, load_recipe, parse_nm, recipe_names
+from padst_cli.recipe import LEARNING_RATES, Recipe, dotted, load_recipe, parse_nm, recipe_names
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -110,6 +111,24 @@ def test_updated_checks_what_it_is_given() -> None:
         Recipe().updated({"training.step": 7})
     with pytest.raises(PadstError, match="between 0 and 1"):
         Recipe().updated({"sparsity": 2})
+
+
+def test_stated_is_what_was_said_and_nothing_else(tmp_path: Path) -> None:
+    assert Recipe().stated() == {}
+    path = tmp_path / "mine.yaml"
+    path.write_text("sparsity: 0.9\ntraining:\n  steps: 1000\n", encoding="utf-8")
+    said = load_recipe(str(path))
+    assert said == Recipe(), "both happen to be the defaults"
+    assert said.stated() == {"sparsity": 0.9, "training.steps": 1000}
+    more = said.updated({"targets": ("q_proj",), "support.every": 25})
+    assert more.stated() == {**said.stated(), "targets": ["q_proj"], "support.every": 25}
+    path.write_text(more.to_yaml(), encoding="utf-8")
+    assert set(load_recipe(str(path)).stated()) == set(dotted(Recipe().model_dump())), "a written recipe states all"
+
+
+def test_every_task_has_a_learning_rate() -> None:
+    assert set(LEARNING_RATES) == set(get_args(Task))
+    assert all(Recipe.from_dict({"training": {"learning_rate": rate}}) for rate in LEARNING_RATES.values())
 
 
 def test_unknown_name_lists_the_recipes() -> None:

@@ -95,4 +95,4 @@ def test_resume_refuses_another_recipe(
     process.kill()
     process.communicate(timeout=60)
     other = [part if part != "0.5" else "0.6" for part in command]
-    assert "sparsity" in padst.error(*other, "--resume")
+    assert "sparsity = 0.5, not 0.6" in padst.error(*other, "--resume")
