@@ -23,19 +23,23 @@ DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
 
 LEARNING_RATES: Final[Mapping[str, float]] = {
-    "causal-lm": 1e-3,
+    "causal-lm": 3e-4,
     "masked-lm": 3e-4,
     "image-classification": 1e-4,
     "encoder": 3e-4,
 }
-"""Peak learning rate by task where a recipe names none."""
+"""Peak learning rate by task where a recipe names none: the highest that did a dense model fine-tuned as long no harm.
+
+Measured on held-out parts of training data with two small causal LMs and DeiT-Tiny; the rates of encoders, with a head
+or without, are carried over from causal LMs. Sparse language models recover faster at 1e-3, which costs a dense one.
+"""
 
 FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 """Keys, dotted, that may be None in a recipe until its run has opened the model."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PermutationRecipe(_Strict):
@@ -130,7 +134,7 @@ class Recipe(_Strict):
     allocation: str = "uniform"
     dense_control: bool = False
     eval_samples: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     permutation: PermutationRecipe = PermutationRecipe()
     support: SupportRecipe = SupportRecipe()

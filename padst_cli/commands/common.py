@@ -54,7 +54,7 @@ _FLAGS: Mapping[str, tuple[Any, Any]] = {
         Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")],
         None,
     ),
-    "seed": (Annotated[int, typer.Option("--seed", help="Seed of everything random.")], 0),
+    "seed": (Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")], 0),
     "json": (
         Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, all else on stderr.")],
         False,

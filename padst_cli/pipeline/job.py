@@ -73,7 +73,7 @@ def is_main_process() -> bool:
 
 def _filled(source: Source, recipe: Recipe) -> Recipe:
     """The recipe with what depends on the model: its name, data, their held-out split, the learning rate."""
-    data = recipe.data or default_spec(source.task)
+    data = default_spec(source.task) if recipe.data is None else recipe.data
     if data is None:
         raise PadstError(
             f"a model of task {source.task} needs --data: a text file, folder or glob, .jsonl, a folder of images, "
