@@ -148,6 +148,13 @@ class Recipe(_Strict):
             raise ValueError(f"sparsity must lie between 0 and 1, both excluded, not {value}")
         return value
 
+    @field_validator("nm", mode="before")
+    @classmethod
+    def _nm_quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError('nm must stand in quotes, for example "2:4", or YAML reads a number in base sixty')
+        return value
+
     @field_validator("nm")
     @classmethod
     def _nm_form(cls, value: str | None) -> str | None:
@@ -218,24 +225,24 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe file, or one that comes with padst by name; raises `PadstError` for bad YAML or bad keys."""
     path = Path(name_or_path)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     elif name_or_path in recipe_names():
-        text = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        content = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_bytes()
     else:
         raise PadstError(
             f"no recipe file '{name_or_path}' and none that comes with padst by that name"
             f"{nearest(name_or_path, recipe_names())}; the names are {', '.join(recipe_names())}"
         )
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
         raise PadstError(f"recipe '{name_or_path}' is not a mapping of keys to values")
     return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _where(error: Exception) -> str:
     """What the parser met and on which line, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -247,7 +254,7 @@ def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "invalid_key"):
         model: Any = Recipe
         for part in location[:-1]:
             model = model.model_fields[part].annotation

@@ -68,6 +68,8 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"band": 0}, ["band"]),
         ({"nm": "4:2"}, ["1 <= N < M"]),
         ({"nm": "two:four"}, ["2:4"]),
+        (yaml.safe_load("nm: 2:4"), ["nm must stand in quotes"]),
+        ({"training": {1: 2}}, ["unknown key 'training.1'"]),
         ({"training": {"steps": -1}}, ["training.steps"]),
         ({"training": {"batch_size": 6, "accumulation": 4}}, ["not a multiple of accumulation 4"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate"]),
@@ -145,13 +147,14 @@ def test_unknown_name_lists_the_recipes() -> None:
     [
         ("structure: diag\nsparsity: [0.5", "not valid YAML: .* in line 2"),
         ("\x00", "not valid YAML"),
+        (b"structure: diag # caf\xe9\n", "not valid YAML"),
         ("- diag\n- nm\n", "not a mapping"),
         ("", "not a mapping"),
     ],
 )
-def test_broken_files_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+def test_broken_files_are_one_sentence(tmp_path: Path, text: str | bytes, words: str) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(PadstError, match=words) as caught:
         load_recipe(str(path))
     assert "broken.yaml" in str(caught.value)

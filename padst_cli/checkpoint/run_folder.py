@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.checkpoint.writer import make_folder, write_atomically
 from padst_cli.errors import PadstError
 from padst_cli.events import Event
 
@@ -65,7 +65,7 @@ class RunFolder:
             for whole in (self.path / "config.json", self.state / PROGRESS):
                 whole.unlink(missing_ok=True)
             shutil.rmtree(self.path)
-        self.state.mkdir(parents=True)
+        make_folder(self.state, self.path)
         write_atomically(self.path / RECIPE, recipe_yaml)
         self.save_progress({})
 

@@ -54,10 +54,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path, overwrite=overwrite)
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
-    temporary.mkdir()
+    make_folder(temporary, path)
     try:
         yield temporary
         _sync(temporary)
@@ -71,6 +70,14 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path, output: Path) -> None:
+    """Make a new folder, and those above it, on the way to `output`; raises `PadstError` where the system refuses."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise PadstError(f"output '{output}' cannot be made ({error.strerror}); name another with --output") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
