@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -55,4 +56,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `padst` command."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun or after it has ended
+        sys.exit(130)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,8 +22,24 @@ Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
 
+LEARNING_RATES: Final[Mapping[str, float]] = {
+    "causal-lm": 3e-4,
+    "masked-lm": 3e-4,
+    "image-classification": 1e-4,
+    "encoder": 3e-4,
+}
+"""Peak learning rate by task where a recipe names none: the highest that did a dense model fine-tuned as long no harm.
+
+Measured on held-out parts of training data with two small causal LMs and DeiT-Tiny; the rates of encoders, with a head
+or without, are carried over from causal LMs. Sparse language models recover faster at 1e-3, which costs a dense one.
+"""
+
+FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
+"""Keys, dotted, that may be None in a recipe until its run has opened the model."""
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PermutationRecipe(_Strict):
@@ -67,14 +83,14 @@ class TrainingRecipe(_Strict):
 
     `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
     dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
-    only.
+    only. `learning_rate` None is filled in from `LEARNING_RATES` once the task is known.
     """
 
     steps: int = Field(default=1000, ge=0)
     batch_size: int = Field(default=16, ge=1)
     accumulation: int = Field(default=1, ge=1)
     max_seq_length: int = Field(default=256, ge=2)
-    learning_rate: float = Field(default=1e-3, gt=0.0)
+    learning_rate: float | None = Field(default=None, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     warmup: float = Field(default=0.05, ge=0.0, le=1.0)
     clip_norm: float = Field(default=1.0, gt=0.0)
@@ -118,7 +134,7 @@ class Recipe(_Strict):
     allocation: str = "uniform"
     dense_control: bool = False
     eval_samples: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     permutation: PermutationRecipe = PermutationRecipe()
     support: SupportRecipe = SupportRecipe()
@@ -130,6 +146,13 @@ class Recipe(_Strict):
     def _open_interval(cls, value: float) -> float:
         if not 0.0 < value < 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, both excluded, not {value}")
+        return value
+
+    @field_validator("nm", mode="before")
+    @classmethod
+    def _nm_quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError('nm must stand in quotes, for example "2:4", or YAML reads a number in base sixty')
         return value
 
     @field_validator("nm")
@@ -147,14 +170,18 @@ class Recipe(_Strict):
 
     def updated(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, e.g. `{"training.steps": 10}`; raises `PadstError` as `from_dict` does."""
-        raw = self.model_dump()
+        raw = self.model_dump(exclude_unset=True)
         for key, value in changes.items():
             target = raw
             *parents, leaf = key.split(".")
             for parent in parents:
-                target = target[parent]
+                target = target.setdefault(parent, {})
             target[leaf] = value
         return Recipe.from_dict(raw)
+
+    def stated(self) -> dict[str, Any]:
+        """The values that a file, a flag or the run itself stated, by dotted key; defaults are left out."""
+        return dotted(self.model_dump(mode="json", exclude_unset=True))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -167,6 +194,14 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The whole recipe as YAML that `load_recipe` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as a flat one: `{"training": {"steps": 10}}` -> `{"training.steps": 10}`."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def parse_nm(text: str) -> tuple[int, int]:
@@ -190,24 +225,24 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe file, or one that comes with padst by name; raises `PadstError` for bad YAML or bad keys."""
     path = Path(name_or_path)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     elif name_or_path in recipe_names():
-        text = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        content = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_bytes()
     else:
         raise PadstError(
             f"no recipe file '{name_or_path}' and none that comes with padst by that name"
             f"{nearest(name_or_path, recipe_names())}; the names are {', '.join(recipe_names())}"
         )
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
         raise PadstError(f"recipe '{name_or_path}' is not a mapping of keys to values")
     return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _where(error: Exception) -> str:
     """What the parser met and on which line, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -219,7 +254,7 @@ def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "invalid_key"):
         model: Any = Recipe
         for part in location[:-1]:
             model = model.model_fields[part].annotation

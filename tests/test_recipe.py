@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from padst_cli.checkpoint.reader import Task
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe, load_recipe, parse_nm, recipe_names
+from padst_cli.recipe import LEARNING_RATES, Recipe, dotted, load_recipe, parse_nm, recipe_names
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -67,9 +68,14 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"band": 0}, ["band"]),
         ({"nm": "4:2"}, ["1 <= N < M"]),
         ({"nm": "two:four"}, ["2:4"]),
+        (yaml.safe_load("nm: 2:4"), ["nm must stand in quotes"]),
+        ({"training": {1: 2}}, ["unknown key 'training.1'"]),
         ({"training": {"steps": -1}}, ["training.steps"]),
         ({"training": {"batch_size": 6, "accumulation": 4}}, ["not a multiple of accumulation 4"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate"]),
+        ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate", "finite"]),
+        ({"seed": -1}, ["seed is -1"]),
+        ({"seed": 2**32}, ["seed"]),
         ({"permutation": {"delta": 1.0}}, ["permutation.delta"]),
         ({"support": {"fraction": 1.5}}, ["support.fraction"]),
         ({"support": {"method": "dynadiag"}, "structure": "block"}, ["dynadiag", "diag"]),
@@ -112,6 +118,24 @@ def test_updated_checks_what_it_is_given() -> None:
         Recipe().updated({"sparsity": 2})
 
 
+def test_stated_is_what_was_said_and_nothing_else(tmp_path: Path) -> None:
+    assert Recipe().stated() == {}
+    path = tmp_path / "mine.yaml"
+    path.write_text("sparsity: 0.9\ntraining:\n  steps: 1000\n", encoding="utf-8")
+    said = load_recipe(str(path))
+    assert said == Recipe(), "both happen to be the defaults"
+    assert said.stated() == {"sparsity": 0.9, "training.steps": 1000}
+    more = said.updated({"targets": ("q_proj",), "support.every": 25})
+    assert more.stated() == {**said.stated(), "targets": ["q_proj"], "support.every": 25}
+    path.write_text(more.to_yaml(), encoding="utf-8")
+    assert set(load_recipe(str(path)).stated()) == set(dotted(Recipe().model_dump())), "a written recipe states all"
+
+
+def test_every_task_has_a_learning_rate() -> None:
+    assert set(LEARNING_RATES) == set(get_args(Task))
+    assert all(Recipe.from_dict({"training": {"learning_rate": rate}}) for rate in LEARNING_RATES.values())
+
+
 def test_unknown_name_lists_the_recipes() -> None:
     with pytest.raises(PadstError, match="did you mean 'gpt2-diag90'") as caught:
         load_recipe("gpt2-diag9")
@@ -123,13 +147,14 @@ def test_unknown_name_lists_the_recipes() -> None:
     [
         ("structure: diag\nsparsity: [0.5", "not valid YAML: .* in line 2"),
         ("\x00", "not valid YAML"),
+        (b"structure: diag # caf\xe9\n", "not valid YAML"),
         ("- diag\n- nm\n", "not a mapping"),
         ("", "not a mapping"),
     ],
 )
-def test_broken_files_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+def test_broken_files_are_one_sentence(tmp_path: Path, text: str | bytes, words: str) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(PadstError, match=words) as caught:
         load_recipe(str(path))
     assert "broken.yaml" in str(caught.value)

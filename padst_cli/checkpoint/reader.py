@@ -114,17 +114,25 @@ def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[A
 
     with quiet_transformers():
         try:
-            return source.model_class.from_pretrained(
+            model, info = source.model_class.from_pretrained(
                 source.folder,
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                # Told below by name and shape, where transformers points to a table that it has logged.
+                ignore_mismatched_sizes=source.padst is None,
             )
         except SafetensorError as error:
             raise PadstError(f"'{source.name}' has a damaged safetensors file ({error}); fetch it again") from error
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise PadstError(f"'{source.name}' cannot be loaded: {_first_line(error)}") from error
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise PadstError(
+            f"'{source.name}' stores '{name}' with shape {list(stored)}, and its config.json makes it {list(wanted)}; "
+            "weights and config do not belong together"
+        )
+    return model, info
 
 
 def check_finite(model: nn.Module, name: str) -> None:

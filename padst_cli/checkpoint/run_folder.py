@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.checkpoint.writer import make_folder, write_atomically
 from padst_cli.errors import PadstError
 from padst_cli.events import Event
 
@@ -37,17 +37,21 @@ class RunFolder:
         """Where resumable state lives while the run is unfinished."""
         return self.path / STATE
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run that can be resumed lies here."""
+        return (self.state / PROGRESS).is_file()
+
     def check_free(self, overwrite: bool) -> None:
         """Raise `PadstError` where something is in the way: loses nothing, creates nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise PadstError(f"output '{self.path}' is a file; name a folder with --output")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
-        unfinished = (self.state / PROGRESS).is_file()
         if not overwrite:
-            hint = "--resume goes on with the unfinished run in it, " if unfinished else ""
+            hint = "--resume goes on with the unfinished run in it, " if self.is_unfinished else ""
             raise PadstError(f"output '{self.path}' exists; {hint}--overwrite replaces it, --output names another")
-        if not unfinished and not (self.path / RECIPE).is_file() and not (self.path / "config.json").is_file():
+        if not self.is_unfinished and not (self.path / RECIPE).is_file() and not (self.path / "config.json").is_file():
             raise PadstError(
                 f"output '{self.path}' was not written by padst, so --overwrite leaves it alone; remove it yourself"
             )
@@ -57,14 +61,17 @@ class RunFolder:
         if not self.main:
             return
         if self.path.is_dir():
+            # From here on what was whole must not look so, wherever a kill leaves it.
+            for whole in (self.path / "config.json", self.state / PROGRESS):
+                whole.unlink(missing_ok=True)
             shutil.rmtree(self.path)
-        self.state.mkdir(parents=True)
+        make_folder(self.state, self.path)
         write_atomically(self.path / RECIPE, recipe_yaml)
         self.save_progress({})
 
     def check_resumable(self) -> None:
         """Raise `PadstError` unless an unfinished run lies here."""
-        if (self.state / PROGRESS).is_file():
+        if self.is_unfinished:
             return
         if (self.path / RESULTS).is_file():
             raise PadstError(f"the run in '{self.path}' is finished: nothing to resume")
@@ -123,4 +130,6 @@ class RunFolder:
         for file in files:
             file.replace(self.path / file.name)
         checkpoint.rmdir()
+        # First what makes a run unfinished: the rest of the state is of no use without it.
+        (self.state / PROGRESS).unlink()
         shutil.rmtree(self.state)

@@ -54,10 +54,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path, overwrite=overwrite)
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
-    temporary.mkdir()
+    make_folder(temporary, path)
     try:
         yield temporary
         _sync(temporary)
@@ -73,14 +72,27 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def make_folder(folder: Path, output: Path) -> None:
+    """Make a new folder, and those above it, on the way to `output`; raises `PadstError` where the system refuses."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise PadstError(f"output '{output}' cannot be made ({error.strerror}); name another with --output") from None
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write one file through a temporary sibling and a rename; text as UTF-8."""
+    _remove_leftovers(path)
     temporary = _sibling(path, "writing")
-    with open(temporary, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -127,8 +139,10 @@ def _remove_leftovers(path: Path) -> None:
                 continue
             if purpose == "replaced" and not path.exists():
                 leftover.rename(path)
-            else:
+            elif leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

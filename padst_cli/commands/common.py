@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from padst_cli.console import Console
-from padst_cli.errors import PadstError
+from padst_cli.errors import Interrupted, PadstError
 
 Command = Callable[..., Any]
+
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+    }
+)
+"""What the system answers where a path cannot be read or written, whatever padst does."""
 
 
 class Device(StrEnum):
@@ -38,7 +54,7 @@ _FLAGS: Mapping[str, tuple[Any, Any]] = {
         Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.")],
         None,
     ),
-    "seed": (Annotated[int, typer.Option("--seed", help="Seed of everything random.")], 0),
+    "seed": (Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")], 0),
     "json": (
         Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, all else on stderr.")],
         False,
@@ -59,13 +75,39 @@ class Common:
 
     @contextmanager
     def running(self) -> Iterator[Console]:
-        """Give a command its console; print a user's error as one sentence and leave with its exit code."""
+        """Give a command its console; print a user's error as one sentence and leave with its exit code.
+
+        A stop by SIGINT or SIGTERM and a disk or folder that refuses to be written are such errors as well.
+        """
         console = Console(json=self.json, quiet=self.quiet)
         try:
-            yield console
+            with _sigterm_as_interrupt():
+                yield console
         except PadstError as error:
-            console.error(error)
-            raise typer.Exit(error.exit_code) from None
+            found = error
+        except KeyboardInterrupt:
+            found = Interrupted("interrupted; nothing is left half-written")
+        except OSError as error:
+            if error.errno not in _REFUSED or error.filename is None:
+                raise
+            found = PadstError(f"'{error.filename}' cannot be used: {error.strerror}; name another with its flag")
+        else:
+            return
+        console.error(found)
+        raise typer.Exit(found.exit_code) from None
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, stop the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def common_flags(*without: str) -> Callable[[Command], Command]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from padst_cli.commands.common import Common, common_flags
+from padst_cli.errors import Interrupted
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
@@ -40,14 +43,19 @@ def quickstart(
             "seed": common.seed,
             "dtype": dtype,
         }
-        with console.progress() as on_event:
-            result = quick.quickstart(
-                output,
-                changes={key: value for key, value in changes.items() if value is not None},
-                overwrite=overwrite,
-                device=common.device.value,
-                on_event=on_event,
-            )
+        try:
+            with console.progress() as on_event:
+                result = quick.quickstart(
+                    output,
+                    changes={key: value for key, value in changes.items() if value is not None},
+                    overwrite=overwrite,
+                    device=common.device.value,
+                    on_event=on_event,
+                )
+        except (Interrupted, KeyboardInterrupt):
+            flags = [word for word in sys.argv[1:] if word != "--overwrite"]
+            again = shlex.join(["padst", *flags, "--overwrite"])
+            raise Interrupted(f"interrupted; start it again with: {again}") from None
         console.result(result, render=lambda: _render(console, result))
 
 

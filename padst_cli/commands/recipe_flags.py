@@ -41,7 +41,7 @@ FLAGS = (
     Flag("--batch-size", "training.batch_size", int, "Samples of one optimizer step, over all processes."),
     Flag("--accumulation", "training.accumulation", int, "Backward passes that share one optimizer step."),
     Flag("--max-seq-length", "training.max_seq_length", int, "Tokens of one training window."),
-    Flag("--learning-rate", "training.learning_rate", float, "Peak learning rate of the weights."),
+    Flag("--learning-rate", "training.learning_rate", float, "Peak learning rate of the weights; default: by task."),
     Flag("--block-size", "block_size", int, "Block edge: 16, 32 or 64."),
     Flag("--nm", "nm", str, "N:M, for example 2:4; default: chosen by the sparsity."),
     Flag("--band", "band", int, "Diagonals come in aligned runs of this many (16 for GPUs)."),

@@ -12,7 +12,6 @@ import typer
 from padst_cli.commands.common import Common, Model, common_flags
 from padst_cli.commands.plan import RecipeFlag, show_plan
 from padst_cli.commands.recipe_flags import build_recipe, recipe_flags
-from padst_cli.errors import Interrupted
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
@@ -44,22 +43,17 @@ def sparsify(
             show_plan(console, pipeline.plan(model, chosen))
             return
         folder = output or pipeline.default_output(model, chosen)
-        if resume:
-            chosen = pipeline.recipe_to_resume(folder, chosen if recipe or changes else None)
-        try:
-            with console.progress() as on_event:
-                result = pipeline.sparsify(
-                    model,
-                    chosen,
-                    folder,
-                    device=common.device.value,
-                    resume=resume,
-                    overwrite=overwrite,
-                    on_event=on_event,
-                    command=shlex.join(["padst", *sys.argv[1:]]),
-                )
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; go on with: {pipeline.resume_command(model, folder)}") from None
+        with console.progress() as on_event:
+            result = pipeline.sparsify(
+                model,
+                chosen,
+                folder,
+                device=common.device.value,
+                resume=resume,
+                overwrite=overwrite,
+                on_event=on_event,
+                command=shlex.join(["padst", *sys.argv[1:]]),
+            )
         if not pipeline.is_main_process():
             return
         if push_to_hub:

@@ -88,6 +88,8 @@ def load_corpus(
     """
     from padst_cli.data import hub, images, texts
 
+    if not spec.strip():
+        raise PadstError(f"the name of the data is empty; give --data {CHOICES}")
     if spec == PYTHON_SOURCE:
         if modality != "text":
             raise PadstError(f"{PYTHON_SOURCE} is text, and this model takes images; give --data a folder of images")

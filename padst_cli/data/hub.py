@@ -68,7 +68,11 @@ def load(spec: str, *, split: str, modality: str, label2id: Mapping[str, int] | 
 def _asked(spec: str, question: Any) -> Any:
     """The answer of `datasets` to a question, with everything that can go wrong on the way told in one sentence."""
     import datasets
+    from huggingface_hub.utils import logging
 
+    verbosity = logging.get_verbosity()
+    # Each retry would be a warning of its own before the sentence below.
+    logging.set_verbosity_error()
     try:
         return question(datasets)
     except datasets.exceptions.DatasetNotFoundError:
@@ -83,6 +87,8 @@ def _asked(spec: str, question: Any) -> Any:
         raise PadstError(
             f"cannot load '{spec}' from the Hub ({type(error).__name__}: {_one_line(error)}); give --data {CHOICES}"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,17 +78,20 @@ def check_label(label: int, label2id: Mapping[str, int] | None, where: str) -> i
 
 def _from_table(root: Path, label2id: Mapping[str, int] | None) -> tuple[list[Path], list[int]]:
     table = root / LABELS_FILE
+    try:
+        text = table.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PadstError(f"'{table}' is not UTF-8 text (byte {error.start}); convert it") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"file", "label"} <= set(reader.fieldnames or ()):
+        raise PadstError(f"'{table}' needs the columns 'file' and 'label' in its first line")
     files, labels = [], []
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if not {"file", "label"} <= set(reader.fieldnames or ()):
-            raise PadstError(f"'{table}' needs the columns 'file' and 'label' in its first line")
-        for row in reader:
-            where = f"'{table}' line {reader.line_num}"
-            if not row["file"] or row["label"] is None:
-                raise PadstError(f"{where} has no file or no label")
-            files.append(_existing(root / row["file"], where))
-            labels.append(_label(row["label"].strip(), label2id, where))
+    for row in reader:
+        where = f"'{table}' line {reader.line_num}"
+        if not row["file"] or row["label"] is None:
+            raise PadstError(f"{where} has no file or no label")
+        files.append(_existing(root / row["file"], where))
+        labels.append(_label(row["label"].strip(), label2id, where))
     return files, labels
 
 

@@ -7,7 +7,7 @@ from padst_cli.pipeline.exporting import ExportResult, export
 from padst_cli.pipeline.job import is_main_process
 from padst_cli.pipeline.measure import EvaluateResult, evaluate
 from padst_cli.pipeline.planning import PlanResult, default_output, plan
-from padst_cli.pipeline.run import SparsifyResult, recipe_to_resume, resume_command, sparsify
+from padst_cli.pipeline.run import SparsifyResult, sparsify
 from padst_cli.pipeline.serve import bench, generate, inspect
 
 __all__ = [
@@ -23,7 +23,5 @@ __all__ = [
     "inspect",
     "is_main_process",
     "plan",
-    "recipe_to_resume",
-    "resume_command",
     "sparsify",
 ]

@@ -75,6 +75,8 @@ def export(
     _check_arguments(form, value_dtype, dtype, max_shard_size)
     check_output(output, overwrite=overwrite)
     source = open_source(str(folder))
+    if output.resolve() == source.folder.resolve():
+        raise PadstError(f"--output '{output}' is the folder to export from; name another")
     if source.padst is None:
         raise PadstError(f"'{folder}' is not a folder that `padst sparsify` wrote; export starts from one")
     on_event(PhaseStarted("read the trained model"))

@@ -15,7 +15,7 @@ from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices
 from padst_cli.errors import PadstError
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.plan import Plan
-from padst_cli.recipe import Recipe
+from padst_cli.recipe import FILLED_IN, LEARNING_RATES, Recipe
 
 _SPLIT_BY_ITSELF = ("python-source", "hf:")
 
@@ -48,12 +48,12 @@ class Job:
 def open_job(model: str, recipe: Recipe) -> Job:
     """Open and check all inputs of a run; raises `PadstError` before anything is written.
 
-    Fills in the data of the recipe: WikiText-103 for causal LMs without `--data`; the held-out split of the same source
-    where it has one and `--eval-data` is not given.
+    Fills in the recipe: WikiText-103 for causal LMs without `--data`; the held-out split of the same source where it
+    has one and `--eval-data` is not given; the learning rate of the task.
     """
     source = open_source(model)
     plan = plan_for(source, recipe)
-    recipe = _with_data(source, recipe)
+    recipe = _filled(source, recipe)
     assert recipe.data is not None
     assert recipe.eval_data is not None
     processor = load_processor(source)
@@ -71,8 +71,9 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def _with_data(source: Source, recipe: Recipe) -> Recipe:
-    data = recipe.data or default_spec(source.task)
+def _filled(source: Source, recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the model: its name, data, their held-out split, the learning rate."""
+    data = default_spec(source.task) if recipe.data is None else recipe.data
     if data is None:
         raise PadstError(
             f"a model of task {source.task} needs --data: a text file, folder or glob, .jsonl, a folder of images, "
@@ -83,7 +84,9 @@ def _with_data(source: Source, recipe: Recipe) -> Recipe:
         if not data.startswith(_SPLIT_BY_ITSELF):
             raise PadstError(f"--data '{data}' has no held-out split of its own; name held-out data with --eval-data")
         heldout = data
-    return recipe.updated({"data": data, "eval_data": heldout, "model": recipe.model or source.name})
+    rate = recipe.training.learning_rate or LEARNING_RATES[source.task]
+    filled = dict(zip(FILLED_IN, (source.name, data, heldout, rate), strict=True))
+    return recipe.updated(filled)
 
 
 def _items(

@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _corpus(source: Source, data: str | None) -> TextCorpus | ImageCorpus:
-    spec = data or default_spec(source.task)
+    spec = default_spec(source.task) if data is None else data
     if spec is None:
         raise PadstError(f"a model of task {source.task} needs --data: what should it be measured on?")
     labels = getattr(source.config, "label2id", None)

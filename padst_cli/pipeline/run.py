@@ -25,7 +25,7 @@ from padst_cli.initialise import LayerStart, initialise
 from padst_cli.permutation.apply import from_structure
 from padst_cli.pipeline.finish import environment, finish_run
 from padst_cli.pipeline.job import Job, open_job
-from padst_cli.recipe import Recipe, load_recipe
+from padst_cli.recipe import FILLED_IN, Recipe, dotted, load_recipe
 from padst_cli.training.objective import Objective, build_objective
 from padst_cli.training.result import TrainResult
 from padst_cli.training.sparse_linear import sparsify_modules
@@ -72,27 +72,34 @@ def sparsify(
     """Make a pretrained checkpoint sparse after `recipe` and write the result to the folder `output`.
 
     With `resume` an unfinished run in `output` goes on from its last saved state and ends with the same weights as an
-    uninterrupted one. Raises `PadstError` for bad input before anything is written, `Interrupted` after saving state.
+    uninterrupted one; what `recipe` states must be what that run was started with. Raises `PadstError` for bad input
+    before anything is written, `Interrupted` for a stop (SIGINT, SIGTERM) of a run that can be resumed.
     """
+    recipe = recipe.updated({"model": model})
+    if resume:
+        recipe = recipe_to_resume(Path(output), recipe)
     accelerator = make_accelerator(device, recipe.dtype)
     folder = RunFolder(Path(output), main=accelerator.is_main_process)
-    if resume:
-        folder.check_resumable()
-    else:
+    if not resume:
         folder.check_free(overwrite)
     # No process may create the folder before all have looked whether it is free.
     accelerator.wait_for_everyone()
-    job = open_job(model, recipe)
-    teacher = load_dense(job.source, dtype=torch.float32, device=accelerator.device)
-    if not resume:
-        _check_heldout(job, teacher)
-        folder.begin(job.recipe.to_yaml())
-    accelerator.wait_for_everyone()
-    run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
+    begun = resume
     try:
+        job = open_job(model, recipe)
+        teacher = load_dense(job.source, dtype=torch.float32, device=accelerator.device)
+        if not resume:
+            _check_heldout(job, teacher)
+            folder.begin(job.recipe.to_yaml())
+            begun = True
+        accelerator.wait_for_everyone()
+        run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
         return run.execute(teacher)
-    except Interrupted as error:
-        raise Interrupted(f"stopped, the state is saved; go on with: {resume_command(model, folder.path)}") from error
+    except (Interrupted, KeyboardInterrupt):
+        if not begun:
+            raise
+        again = resume_command(model, folder.path, accelerator.num_processes)
+        raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
 
 
 def _check_heldout(job: Job, teacher: nn.Module) -> None:
@@ -100,22 +107,26 @@ def _check_heldout(job: Job, teacher: nn.Module) -> None:
     evaluate_model(teacher, job.processor, job.source.task, job.heldout, max_samples=1, reference=teacher)
 
 
-def resume_command(model: str, output: Path) -> str:
+def resume_command(model: str, output: Path, processes: int = 1) -> str:
     """The command line that goes on with an interrupted run."""
-    return shlex.join(["padst", "sparsify", model, "--output", str(output), "--resume"])
+    start = ["padst"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "padst_cli"]
+    return shlex.join([*start, "sparsify", model, "--output", str(output), "--resume"])
 
 
-def recipe_to_resume(output: Path, given: Recipe | None) -> Recipe:
-    """The recipe of the unfinished run in `output`; a recipe given beside `--resume` must not contradict it."""
+def recipe_to_resume(output: Path, given: Recipe) -> Recipe:
+    """The recipe of the unfinished run in `output`; raises `PadstError` where `given` states something else.
+
+    What `given` leaves to the default does not count, and neither does a stated None that the run has filled in.
+    """
     RunFolder(output).check_resumable()
     stored = load_recipe(str(output / RECIPE))
-    if given is not None:
-        theirs, ours = given.model_dump(), stored.model_dump()
-        differing = [key for key in ours if theirs[key] != ours[key] and theirs[key] != Recipe().model_dump()[key]]
-        if differing:
+    started_with = dotted(stored.model_dump(mode="json"))
+    for key, value in given.stated().items():
+        left_open = value is None and key in FILLED_IN
+        if value != started_with[key] and not left_open:
             raise PadstError(
-                f"the unfinished run in '{output}' has {differing[0]} = {ours[differing[0]]}, "
-                f"not {theirs[differing[0]]}; resume without that flag or start anew with --overwrite"
+                f"the unfinished run in '{output}' was started with {key} = {started_with[key]}, not {value}; "
+                "resume it as it is, or start anew with --overwrite"
             )
     return stored
 

@@ -35,7 +35,7 @@ def generate(
     """Continue `prompt` by up to `max_new_tokens` tokens with the KV cache; temperature 0 is greedy.
 
     Raises `PadstError` for a model that is no causal language model, has no tokenizer, or whose context is too short
-    for prompt and continuation, and for an empty prompt where the tokenizer has no start token.
+    for prompt and continuation, and for an empty prompt.
     """
     if loaded.source.task != "causal-lm":
         raise PadstError(
@@ -73,9 +73,7 @@ def generate(
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:
     tokenizer: Any = loaded.processor
     ids = tokenizer(prompt)["input_ids"]
-    if not ids and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id]
-    if not ids:
+    if not prompt or not ids:
         raise PadstError("the prompt is empty; give at least one word with --prompt")
     return torch.tensor([ids], dtype=torch.int64, device=loaded.device)
 

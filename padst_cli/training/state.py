@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe
+from padst_cli.recipe import Recipe, dotted
 
 STATE_VERSION = 1
 # What may differ between the run that saved a state and the one that resumes it: it decides what is shown, not what is
@@ -103,7 +103,7 @@ def _sync_folder(folder: Path) -> None:
 
 def check_same_run(state: Mapping[str, Any], recipe: Recipe, processes: int, items: int) -> None:
     """Raise `PadstError` where a state comes from another recipe, data set size or number of processes."""
-    saved, wanted = _flat(state["recipe"]), _flat(recipe.model_dump(mode="json"))
+    saved, wanted = dotted(state["recipe"]), dotted(recipe.model_dump(mode="json"))
     different = sorted(
         key for key in saved.keys() | wanted.keys() if key not in _COSMETIC and saved.get(key) != wanted.get(key)
     )
@@ -118,16 +118,6 @@ def check_same_run(state: Mapping[str, Any], recipe: Recipe, processes: int, ite
             f"the state was saved by {state['processes']} processes over {state['items']} training items and this "
             f"run has {processes} over {items}; resume with the same"
         )
-
-
-def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def random_state() -> dict[str, Any]:

@@ -153,6 +153,8 @@ class _Trainer:
 
     def _build_optimizer(self) -> None:
         training = self.recipe.training
+        if training.learning_rate is None:
+            raise ValueError("the recipe has no learning rate; its default depends on the task")
         soft = [p for _, perm in self.hardener.soft.items() for p in perm.parameters()]
         scores = [layer.gates.scores for layer in self.layers.values() if layer.gates is not None]
         special = {id(p) for p in (*soft, *scores)}

@@ -58,6 +58,57 @@ def test_missing_and_empty_data(run: Callable[..., str], tmp_path: Path) -> None
     assert "empty.txt" in run(data=tmp_path / "empty.txt")
 
 
+@pytest.mark.parametrize("flag", ["data", "eval_data"])
+def test_an_empty_name_is_not_the_working_folder(run: Callable[..., str], flag: str) -> None:
+    assert "the name of the data is empty" in run(**{flag: ""})
+
+
+def test_text_that_is_not_utf8(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 500)
+    assert "latin.txt' is not UTF-8 text (byte 3)" in run(data=tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("flag", [{"seed": -1}, {"learning_rate": "inf"}, {"nm": "4:2"}, {"device": "cuda"}])
+def test_values_out_of_range(run: Callable[..., str], flag: dict[str, object]) -> None:
+    assert next(iter(flag)).replace("learning_rate", "training.learning_rate").upper() in run(**flag).upper()
+
+
+def test_output_under_a_file(
+    run: Callable[..., str], padst: Padst, sparsified: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert f"'{tmp_path / 'file'}' is a file" in run(output=tmp_path / "file")
+    assert f"output '{tmp_path / 'file' / 'out'}' cannot be made" in run(output=tmp_path / "file" / "out")
+    said = padst.error("export", sparsified("diag"), "--output", tmp_path / "file" / "out")
+    assert f"output '{tmp_path / 'file' / 'out'}' cannot be made" in said
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_export_does_not_replace_what_it_reads(padst: Padst, sparsified: Callable[..., Path]) -> None:
+    folder = sparsified("diag")
+    before = (folder / "model.safetensors").read_bytes()
+    assert "is the folder to export from" in padst.error("export", folder, "--output", folder, "--overwrite")
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("bench", "--tokens", "0"), "--tokens '0'"),
+        (("generate", "--prompt", ""), "the prompt is empty"),
+        (("eval", "--data", "gone.txt"), "gone.txt"),
+        (("eval", "--context", "0"), "context of 0"),
+        (("eval", "--stride", "999"), "stride of 999"),
+        (("eval", "--metric", "top1"), "does not fit a model of task causal-lm"),
+    ],
+)
+def test_other_commands(
+    padst: Padst, sparsified: Callable[..., Path], heldout_text: Path, command: tuple[str, ...], words: str
+) -> None:
+    data = ("--data", heldout_text) if command[0] == "eval" and "--data" not in command else ()
+    assert words in padst.error(command[0], sparsified("diag"), *command[1:], *data)
+
+
 def test_text_shorter_than_the_context(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("The cat.")
     assert "short" in run(data=tmp_path / "short.txt")
@@ -85,6 +136,32 @@ def test_nan_weights(run: Callable[..., str], gpt2: Path, tmp_path: Path) -> Non
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 3] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     assert "transformer.h.1.mlp.c_fc.weight" in run(model=broken)
+
+
+def test_weights_of_another_shape(run: Callable[..., str], gpt2: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(gpt2, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(3, 3)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "'transformer.h.1.mlp.c_fc.weight' with shape [3, 3]" in run(model=broken)
+
+
+def test_a_cut_file_and_a_damaged_tensor(
+    run: Callable[..., str], padst: Padst, gpt2: Path, sparsified: Callable[..., Path], tmp_path: Path
+) -> None:
+    cut, damaged = tmp_path / "cut", tmp_path / "damaged"
+    shutil.copytree(gpt2, cut)
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "damaged safetensors file" in run(model=cut)
+    shutil.copytree(sparsified("diag"), damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["transformer.h.0.mlp.c_fc.offsets"][:] = 30000
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    for command in (("eval",), ("inspect",), ("generate", "--prompt", "the"), ("export", "--output", tmp_path / "out")):
+        assert "transformer.h.0.mlp.c_fc" in padst.error(command[0], damaged, *command[1:])
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickle_only(run: Callable[..., str], gpt2: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import signal
+from pathlib import Path
 
 import pytest
 import typer
@@ -39,3 +41,26 @@ def test_a_users_error_becomes_one_sentence_and_its_exit_code(capsys: pytest.Cap
         raise PadstError("the cat sat on the model")
     assert left.value.exit_code == 2
     assert "the cat sat on the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_one_sentence_and_130(capsys: pytest.CaptureFixture[str], stop: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as left, Common().running():
+        signal.raise_signal(stop)
+    assert left.value.exit_code == 130
+    assert capsys.readouterr().err.splitlines() == ["error: interrupted; nothing is left half-written"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_path_that_the_system_refuses_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(typer.Exit) as left, Common().running():
+        (tmp_path / "file" / "out").mkdir()
+    assert left.value.exit_code == 2
+    assert f"'{tmp_path / 'file' / 'out'}' cannot be used: Not a directory" in capsys.readouterr().err
+
+
+def test_a_missing_file_of_its_own_is_no_users_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), Common().running():
+        (tmp_path / "gone").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from padst_cli.recipe import LEARNING_RATES, load_recipe
 from tests.cli.conftest import Padst
 
 STRUCTURES = ("diag", "nm", "block")
@@ -37,6 +38,19 @@ def test_export_computes_what_was_trained(
     assert packed["value"] == pytest.approx(trained["value"], rel=1e-4)
     results = json.loads((folder / "results.json").read_text())
     assert results["metric"]["final"] == pytest.approx(trained["value"], rel=1e-4)
+
+
+def test_written_recipe_is_complete(
+    sparsified: Callable[..., Path], gpt2: Path, train_text: Path, heldout_text: Path
+) -> None:
+    recipe = load_recipe(str(sparsified("diag") / "recipe.yaml"))
+    assert [recipe.model, recipe.data, recipe.eval_data] == [str(gpt2), str(train_text), str(heldout_text)]
+    assert recipe.training.learning_rate == LEARNING_RATES["causal-lm"]
+
+
+def test_learning_rate_that_is_given_is_kept(sparsified: Callable[..., Path]) -> None:
+    folder = sparsified("diag", "--learning-rate", 0.002)
+    assert load_recipe(str(folder / "recipe.yaml")).training.learning_rate == 0.002
 
 
 def test_dense_export_needs_no_padst(padst: Padst, sparsified: Callable[..., Path], tmp_path: Path) -> None:

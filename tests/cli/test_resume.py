@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from padst_cli import quickstart
+from padst_cli.pipeline import exporting, run
 from tests.cli.conftest import Padst
 
 STEPS = 30
@@ -95,4 +98,54 @@ def test_resume_refuses_another_recipe(
     process.kill()
     process.communicate(timeout=60)
     other = [part if part != "0.5" else "0.6" for part in command]
-    assert "sparsity" in padst.error(*other, "--resume")
+    assert "sparsity = 0.5, not 0.6" in padst.error(*other, "--resume")
+
+
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_stop_before_training_can_be_resumed_as_it_says(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "initialise", stop)
+        result = padst(*arguments(gpt2, train_text, heldout_text, folder), "--quiet")
+    assert result.exit_code == 130
+    again = f"padst sparsify {gpt2} --output {folder} --resume"
+    assert result.output.splitlines() == [f"error: interrupted, the state is saved; go on with: {again}"]
+    assert padst.json(*again.split()[1:])["steps"] == STEPS
+
+
+def test_a_stop_before_the_folder_is_begun_leaves_nothing(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(run, "load_dense", stop)
+    result = padst(*arguments(gpt2, train_text, heldout_text, folder))
+    assert result.exit_code == 130
+    assert result.output.splitlines() == ["error: interrupted; nothing is left half-written"]
+    assert not folder.exists()
+
+
+def test_a_stopped_export_leaves_nothing(
+    padst: Padst, sparsified: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sparsified("diag")
+    monkeypatch.setattr(exporting, "write_export_card", stop)
+    result = padst("export", folder, "--output", tmp_path / "packed", "--quiet")
+    assert result.exit_code == 130
+    assert result.output.splitlines() == ["error: interrupted; nothing is left half-written"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_quickstart_says_how_to_start_again(
+    padst: Padst, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "sparsify", stop)
+    monkeypatch.setattr(sys, "argv", ["padst", "quickstart", "--output", str(tmp_path / "q"), "--quiet"])
+    result = padst(*sys.argv[1:])
+    assert result.exit_code == 130
+    again = f"padst quickstart --output {tmp_path / 'q'} --quiet --overwrite"
+    assert result.output.splitlines() == [f"error: interrupted; start it again with: {again}"]

@@ -47,10 +47,12 @@ def test_a_table_gives_numbers_and_names_in_its_own_order(tmp_path: Path) -> Non
         ("name,label\nimages/0.png,0\n", CLASSES, "needs the columns 'file' and 'label'"),
         ("", CLASSES, "needs the columns"),
         ("file,label\n", CLASSES, "there is no image in"),
+        ("file,label\nimages/caf\xe9.png,0\n", CLASSES, r"labels\.csv' is not UTF-8 text \(byte 21\)"),
     ],
 )
 def test_bad_tables_are_refused_by_line(tmp_path: Path, rows: str, label2id: dict[str, int] | None, says: str) -> None:
     table(tmp_path, rows)
+    (tmp_path / "labels.csv").write_text(rows, encoding="latin-1")
     with pytest.raises(PadstError, match=says):
         load_images(tmp_path, label2id)
 

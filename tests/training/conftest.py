@@ -45,6 +45,7 @@ class Bench:
             "training.steps": 12,
             "training.batch_size": 4,
             "training.max_seq_length": LENGTH,
+            "training.learning_rate": 1e-3,
             "training.log_every": 1,
             "training.warmup": 0.1,
             "support.every": 3,

@@ -1,0 +1,95 @@
+"""A run's folder, stopped at the moments that matter: it never looks whole before it is, nor unfinished after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from padst_cli.checkpoint.run_folder import RunFolder
+from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.errors import PadstError
+
+
+@pytest.fixture
+def stop_at_removal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """After this call the removal of a folder is where the kill comes."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    return lambda: monkeypatch.setattr(shutil, "rmtree", stop)
+
+
+def finished(path: Path) -> RunFolder:
+    """A folder whose run has come to its end, with the checkpoint it is about to move in."""
+    folder = RunFolder(path)
+    folder.begin("structure: diag\n")
+    built = folder.state / "checkpoint"
+    built.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (built / name).write_text(name)
+    return folder
+
+
+def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "out")
+    assert folder.is_unfinished
+    folder.finish(folder.state / "checkpoint", {"steps": 1})
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "results.json",
+    ]
+    with pytest.raises(PadstError, match="finished: nothing to resume"):
+        folder.check_resumable()
+
+
+def test_stopped_at_the_very_end_it_is_whole(tmp_path: Path, stop_at_removal: Callable[[], None]) -> None:
+    folder = finished(tmp_path / "out")
+    stop_at_removal()
+    with pytest.raises(KeyboardInterrupt):
+        folder.finish(folder.state / "checkpoint", {"steps": 1})
+    assert (folder.path / "config.json").is_file()
+    assert not folder.is_unfinished, "with half of its state a run could not go on"
+
+
+def test_stopped_while_an_old_result_is_replaced_it_is_neither_whole_nor_unfinished(
+    tmp_path: Path, stop_at_removal: Callable[[], None]
+) -> None:
+    folder = finished(tmp_path / "out")
+    (folder.path / "config.json").write_text("old")
+    stop_at_removal()
+    with pytest.raises(KeyboardInterrupt):
+        folder.begin("structure: nm\n")
+    assert not (folder.path / "config.json").exists()
+    assert not folder.is_unfinished
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    gone = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
+    (tmp_path / f".log.jsonl.writing-{gone}").write_text("half")
+    mine = tmp_path / f".log.jsonl.writing-{os.getppid()}"
+    mine.write_text("another process that still writes")
+    write_atomically(tmp_path / "log.jsonl", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "log.jsonl"]
+    assert (tmp_path / "log.jsonl").read_text() == "whole"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "log.jsonl", "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device", "log.jsonl")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "log.jsonl", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert (tmp_path / "log.jsonl").read_text() == "old"
