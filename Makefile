@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart install test test-slow lint checkpoint clean
+.PHONY: quickstart install test test-slow sanitize lint checkpoint clean
 
 install: $(STAMP)
 
@@ -22,6 +22,20 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The kernels' tests on a build that stops at every read or write outside memory and at undefined behaviour. Vectors are
+# read unaligned on purpose.
+SANITIZED := build/sanitized.so
+LIBASAN = $$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)
+
+$(SANITIZED): $(wildcard kernels/cpu/csrc/*)
+	mkdir -p build
+	$(CC) -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined \
+	  -ffp-contract=fast -fno-math-errno -Wno-psabi -pthread -fPIC -shared kernels/cpu/csrc/*.c -o $@
+
+sanitize: $(STAMP) $(SANITIZED)
+	LD_PRELOAD="$(LIBASAN)" ASAN_OPTIONS=detect_leaks=0 PADST_TEST_LIBRARY=$(CURDIR)/$(SANITIZED) $(BIN)/python -m pytest \
+	  tests/kernels/test_native.py tests/kernels/test_training.py tests/kernels/test_selftest.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
