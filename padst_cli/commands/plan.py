@@ -47,7 +47,7 @@ def _render(console: Console, result: PlanResult) -> None:
             f"{layer['out_features']} x {layer['in_features']}",
             layer["structure"],
             ", ".join(f"{key} {value}" for key, value in layer["parameters"].items()),
-            " and ".join(layer["sides"]) or "-",
+            (" and ".join(layer["sides"]) or "-") + (" (shared)" if layer["shared_with"] else ""),
             f"{1 - layer['density']:.4f}",
             f"{layer['packed_bytes'] / 1000:.1f}",
             layer["note"] or "",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message, OnEvent
-from padst_cli.initialise.blocks import Group, Inputs, Unit, find_units
+from padst_cli.initialise.blocks import Group, Unit, find_units
 from padst_cli.initialise.layer import start_layer
 from padst_cli.initialise.start import LayerStart
 from padst_cli.initialise.statistics import InputStatistics
@@ -18,6 +18,7 @@ from padst_cli.initialise.streams import Stream
 from padst_cli.permutation.apply import from_structure
 from padst_cli.plan import LayerPlan, Plan
 from padst_cli.recipe import Recipe
+from padst_cli.tracing import Inputs
 
 
 @torch.no_grad()

@@ -57,7 +57,9 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
             "sides": list(layer.sides),
             "density": layer.structure.density,
             "packed_bytes": layer.packed_bytes(dtype),
-            "note": layer.structure.note,
+            "untied": layer.untied,
+            "shared_with": [name for name in layer.shared if name != layer.name],
+            "note": layer.note,
         }
         for layer in made.layers
     ]

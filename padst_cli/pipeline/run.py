@@ -31,6 +31,7 @@ from padst_cli.training.result import TrainResult
 from padst_cli.training.sparse_linear import sparsify_modules
 from padst_cli.training.state import StateStore
 from padst_cli.training.trainer import make_accelerator, train
+from padst_cli.tying import untie
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class _Run:
         set_seed(self.recipe.seed)
         dense = self._measured("dense", teacher, None)
         student = copy.deepcopy(teacher)
+        if self.job.plan.unties:
+            untie(student)
         starts = self._start(teacher, student)
         initial = self._measured("initial", student, teacher)
         sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)

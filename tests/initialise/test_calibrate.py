@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message
 from padst_cli.initialise import calibrate, initialise
-from padst_cli.initialise.blocks import Unit, run_model
+from padst_cli.initialise.blocks import Unit
 from padst_cli.permutation.apply import check_permutation, from_structure, to_structure
 from padst_cli.plan import make_plan
 from padst_cli.recipe import Recipe
+from padst_cli.tracing import run_model
 
 BASE = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "assignment"})
 NAMES = ["gpt2", "llama", "qwen3", "gpt-neox", "opt", "bert", "albert", "t5", "vit", "swin"]
