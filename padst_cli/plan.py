@@ -189,9 +189,10 @@ def _partners(model: nn.Module, fitted: list[tuple[Target, Structure]], recipe: 
         return {}
     structures = {target.name: structure for target, structure in fitted}
     found: dict[str, tuple[str, ...]] = {}
-    for group in layers_by_input(model, list(structures), example_inputs(model)):
+    order = list(structures)
+    for group in layers_by_input(model, order, example_inputs(model)):
         kinds: dict[Any, list[str]] = {}
-        for name in group:
+        for name in sorted(group, key=order.index):
             # The search moves columns between groups of M inputs: those of layers with another N:M do not line up.
             own = structures[name].permute_inputs_only
             kinds.setdefault(tuple(structures[name].parameters().items()) if own else (), []).append(name)

@@ -220,6 +220,10 @@ def _what_it_is(data: CardData, name: str) -> str:
     permuted = result["permutations"].get("learned", 0)
     moved = f"{result['permutations'].get('moved_from_start', 0):,} entries moved from where the assignment put them"
     through = f", {permuted} permutations learned on the way ({moved})" if permuted else ""
+    sharing = result["permutations"].get("sharing_layers", 0)
+    through += (
+        f"; {sharing} layers share their input permutation with others that read the same input" if sharing else ""
+    )
     text = (
         f"`{name}` ({data.architecture}, {_TASK_NAMES[result['task']]}) with {result['layers']} linear layers made "
         f"sparse{through}. Structure: {STRUCTURE_NAMES[result['structure']]}. Sparsity of these layers: "

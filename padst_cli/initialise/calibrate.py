@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message, OnEvent
 from padst_cli.initialise.blocks import Group, Unit, find_units
-from padst_cli.initialise.layer import start_layer
+from padst_cli.initialise.layer import DenseLayer, start_layers
 from padst_cli.initialise.start import LayerStart
 from padst_cli.initialise.statistics import InputStatistics
 from padst_cli.initialise.streams import Stream
@@ -77,8 +77,8 @@ class _Calibration:
             sparse.advance()
             for group in unit.groups:
                 statistics = self._collect(group, dense, sparse)
-                for name in group.layers:
-                    self._start(self._layers[name], statistics)
+                for layers in self._bundles(group):
+                    self._start(layers, statistics)
         return self._starts
 
     def _collect(self, group: Group, dense: Stream, sparse: Stream) -> InputStatistics:
@@ -93,15 +93,34 @@ class _Calibration:
             )
         return statistics
 
-    def _start(self, layer: LayerPlan, statistics: InputStatistics) -> None:
+    def _bundles(self, group: Group) -> Iterable[list[LayerPlan]]:
+        """The layers of a group one by one, those that share their input permutation together."""
+        bundles: dict[tuple[str, ...], list[LayerPlan]] = {}
+        for name in group.layers:
+            layer = self._layers[name]
+            bundles.setdefault(layer.shared or (name,), []).append(layer)
+        for shared, layers in bundles.items():
+            if len(layers) != len(shared):
+                raise PadstError(
+                    f"{' and '.join(shared)} were planned to share one permutation, but on this data they do not read "
+                    "the same input; leave out --share-permutations"
+                )
+        return bundles.values()
+
+    def _start(self, layers: Sequence[LayerPlan], statistics: InputStatistics) -> None:
+        dense = [_dense_layer(self._models[1], layer) for layer in layers]
+        for layer, (start, escalated) in zip(
+            layers, start_layers(layers, dense, statistics, self._recipe), strict=True
+        ):
+            self._accept(layer, start, escalated, bool(statistics.tokens))
+
+    def _accept(self, layer: LayerPlan, start: LayerStart, escalated: int, seen: bool) -> None:
+        """Put a start into the student and tell of it."""
         parameter = _weight(self._models[1], layer.name)
-        weight = parameter.T if layer.transposed else parameter
-        bias = getattr(self._models[1].get_submodule(layer.name), "bias", None)
-        start, escalated = start_layer(layer, weight, bias, statistics, self._recipe)
         final = from_structure(start.weight, start.perm_in, start.perm_out)
         parameter.copy_(final.T if layer.transposed else final)
         self._starts[layer.name] = start
-        if not statistics.tokens:
+        if not seen:
             self._on_event(
                 Message(f"{layer.name} saw no calibration input; it keeps its largest weights without a refit")
             )
@@ -117,6 +136,11 @@ class _Calibration:
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_submodule(name).get_parameter("weight")
+
+
+def _dense_layer(model: nn.Module, layer: LayerPlan) -> DenseLayer:
+    weight = _weight(model, layer.name)
+    return DenseLayer(weight.T if layer.transposed else weight, getattr(model.get_submodule(layer.name), "bias", None))
 
 
 def _describe(units: Sequence[Unit]) -> str:

@@ -253,6 +253,7 @@ class _Run:
         trained: TrainResult,
     ) -> SparsifyResult:
         plan = self.job.plan
+        sharing = sum(bool(layer.shared) for layer in plan.layers)
         return SparsifyResult(
             output=str(self.folder.path),
             task=self.job.source.task,
@@ -272,7 +273,7 @@ class _Run:
                 "final": final.value,
             },
             kl_to_dense=final.kl_to_dense,
-            permutations=dict(trained.permutations),
+            permutations=trained.permutations | ({"sharing_layers": sharing} if sharing else {}),
             dense_bytes=plan.dense_bytes(torch.float32),
             packed_bytes=plan.packed_bytes(torch.float32, torch.float32),
             train_data=self.job.train_corpus.name,

@@ -41,13 +41,13 @@ def texts(result) -> list[str]:
 def spied(monkeypatch: pytest.MonkeyPatch):
     """The statistics each layer was started from, by layer name."""
     seen = {}
-    original = calibrate.start_layer
+    original = calibrate.start_layers
 
-    def spy(layer, weight, bias, statistics, recipe):
-        seen[layer.name] = statistics
-        return original(layer, weight, bias, statistics, recipe)
+    def spy(layers, dense, statistics, recipe):
+        seen.update((layer.name, statistics) for layer in layers)
+        return original(layers, dense, statistics, recipe)
 
-    monkeypatch.setattr(calibrate, "start_layer", spy)
+    monkeypatch.setattr(calibrate, "start_layers", spy)
     return seen
 
 
