@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from padst_cli.runtime.quantizer import packed_layers
 from tests import models
@@ -17,18 +17,6 @@ from tests.cli.conftest import Padst
 
 HEAD = ("--targets", "default", "--targets", "lm_head")
 IDS = torch.arange(1, 20).view(1, -1)
-
-
-@pytest.fixture(scope="session")
-def llamas(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
-    """Two tiny Llamas, one with its head tied to the embedding, one with a head of its own."""
-    made = {}
-    for name, tied in (("tied", True), ("untied", False)):
-        made[name] = tmp_path_factory.mktemp("llamas") / name
-        sizes = {"hidden_size": 64, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
-        models.build("llama", tie_word_embeddings=tied, **sizes).save_pretrained(made[name])
-        tokenizer.save_pretrained(made[name])
-    return made
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -107,3 +95,28 @@ def test_the_base_model_opens_without_the_sparse_head(sparsified: Callable[..., 
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, whole.transformer(IDS).last_hidden_state)
     assert list(packed_layers(base)) == [name.removeprefix("transformer.") for name in packed_layers(whole)][:-1]
+
+
+def test_tied_decoder_of_a_masked_model(
+    padst: Padst, tokenizer: Any, train_text: Path, heldout_text: Path, tmp_path: Path
+) -> None:
+    base, folder, out = tmp_path / "bert", tmp_path / "run", tmp_path / "packed"
+    masked = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, mask_token="[MASK]", pad_token="<|endoftext|>"
+    )
+    sizes = {"hidden_size": 64, "max_position_embeddings": 64, "vocab_size": len(masked)}
+    models.blur(models.build("bert-mlm", **sizes), 0.02).save_pretrained(base)
+    masked.save_pretrained(base)
+    padst.json(
+        *("sparsify", base, "--structure", "nm", "--sparsity", 0.5, "--output", folder, "--steps", 2),
+        *("--data", train_text, "--eval-data", heldout_text, "--batch-size", 4, "--max-seq-length", 32),
+        *("--targets", "default", "--targets", "predictions.decoder"),
+    )
+    report = padst.json("export", folder, "--output", out)
+    assert report["max_abs_logit_error"] <= 1e-4
+    dense = AutoModelForMaskedLM.from_pretrained(base)
+    assert report["dense_bytes"] == 4 * sum(parameter.numel() for parameter in dense.parameters())
+    model = AutoModelForMaskedLM.from_pretrained(out)
+    assert model.config.tie_word_embeddings is False
+    assert list(packed_layers(model))[-1] == "cls.predictions.decoder"
+    assert model.get_input_embeddings().weight.shape == dense.get_input_embeddings().weight.shape
