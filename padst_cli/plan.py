@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from torch import nn
 
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe, parse_nm
+from padst_cli.recipe import DATA_ALLOCATIONS, Recipe, parse_nm
 from padst_cli.structures import DoesNotFit, Structure, StructureOptions, structure_class
 from padst_cli.targets import Skipped, Target, find_targets, matches
 from padst_cli.tracing import example_inputs, layers_by_input
@@ -118,20 +119,22 @@ class Plan:
         return total
 
 
-def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+def make_plan(model: nn.Module, recipe: Recipe, densities: Mapping[str, float] | None = None) -> Plan:
     """Lay the recipe's structure over every target layer of `model` (which may live on the meta device).
 
-    Raises `PadstError` when a `--targets` or `--ignore` pattern matches nothing or no layer can be sparsified.
+    `densities` by layer name are those that the data gave, for an allocation that asks it; until they are known such a
+    plan is uniform. Raises `PadstError` when a `--targets` or `--ignore` pattern matches nothing or no layer can be
+    sparsified.
     """
     targets, skipped = find_targets(model, recipe)
     fitted: list[tuple[Target, Structure]] = []
     misfits: list[Skipped] = []
-    for target, density in zip(targets, _allocate(targets, recipe), strict=True):
+    wanted = _allocate(targets, recipe)
+    if densities is not None:
+        wanted = [densities.get(target.name, density) for target, density in zip(targets, wanted, strict=True)]
+    for target, density in zip(targets, wanted, strict=True):
         try:
-            family = structure_class(recipe.structure)
-            fitted.append(
-                (target, family.for_density(target.out_features, target.in_features, density, _options(recipe)))
-            )
+            fitted.append((target, fit(target.out_features, target.in_features, density, recipe)))
         except DoesNotFit as error:
             misfits.append(Skipped(target.name, str(error)))
     if not fitted:
@@ -161,13 +164,15 @@ def _layer_plan(target: Target, structure: Structure, shared: tuple[str, ...], r
     )
 
 
-def _options(recipe: Recipe) -> StructureOptions:
-    return StructureOptions(
+def fit(out_features: int, in_features: int, density: float, recipe: Recipe) -> Structure:
+    """The member of the recipe's family for one shape and density; raises `DoesNotFit` where there is none."""
+    options = StructureOptions(
         nm=parse_nm(recipe.nm) if recipe.nm else None,
         block_size=recipe.block_size,
         band=recipe.band,
         block_rows=recipe.block_rows,
     )
+    return structure_class(recipe.structure).for_density(out_features, in_features, density, options)
 
 
 def _sides(structure: Structure, recipe: Recipe, *, shared: bool) -> tuple[str, ...]:
@@ -209,13 +214,13 @@ def _parameters(model: nn.Module, unties: bool) -> tuple[int, int]:
 
 def _allocate(targets: list[Target], recipe: Recipe) -> list[float]:
     density = 1.0 - recipe.sparsity
-    if recipe.allocation == "uniform":
+    if recipe.allocation == "uniform" or recipe.allocation in DATA_ALLOCATIONS:
         return [density] * len(targets)
     if recipe.allocation == "erk":
         return _erk([(t.out_features, t.in_features) for t in targets], density)
     path = Path(recipe.allocation)
     if not path.is_file():
-        raise PadstError(f"--allocation '{recipe.allocation}' is neither uniform, erk nor a file")
+        raise PadstError(f"--allocation '{recipe.allocation}' is neither uniform, erk, owl, error nor a file")
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(table, dict) or not all(isinstance(v, float) and 0 < v < 1 for v in table.values()):
         raise PadstError(f"allocation file '{path}' is not a mapping of layer patterns to sparsities between 0 and 1")

@@ -24,6 +24,9 @@ DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 DEFAULT_TARGETS = "default"
 """The entry of `targets` that stands for the attention and MLP projections of all repeated blocks."""
 
+DATA_ALLOCATIONS = ("owl", "error")
+"""Allocations that are decided by what calibration sees, not by shapes."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -58,7 +58,7 @@ def _render(console: Console, result: PlanResult) -> None:
     if result.skipped:
         console.table("left dense", ("weight", "reason"), [(skip["name"], skip["reason"]) for skip in result.skipped])
     console.table(
-        "totals",
+        "totals" if result.allocation not in ("owl", "error") else f"totals, until {result.allocation} has seen data",
         ("", ""),
         [
             ("sparsity requested / achieved", f"{result.sparsity_requested:.4f} / {result.sparsity_achieved:.4f}"),

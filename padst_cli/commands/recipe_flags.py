@@ -55,7 +55,7 @@ FLAGS = (
         "One input permutation for the layers that read the same input (query, key and value; gate and up).",
     ),
     Flag("--dst", "support.method", str, "How the support moves: rigl, set, mest, dynadiag or static."),
-    Flag("--allocation", "allocation", str, "uniform, erk, or a YAML file of layer pattern: sparsity."),
+    Flag("--allocation", "allocation", str, "uniform, erk, owl, error, or a YAML file of layer pattern: sparsity."),
     Flag(
         "--targets",
         "targets",

@@ -42,7 +42,7 @@ def initialise(
         raise PadstError("there is no calibration data: the corpus gave no batch; give more text or images with --data")
     device = next(student.parameters()).device
     inputs = [{key: value.to(device) for key, value in batch.items() if key != "labels"} for batch in batches]
-    with _eval_mode(teacher), _eval_mode(student):
+    with evaluating(teacher), evaluating(student):
         units = find_units(teacher, [layer.name for layer in plan.layers], inputs[0])
         on_event(Message(_describe(units)))
         run = _Calibration(teacher, student, plan, inputs, recipe, on_event)
@@ -85,12 +85,7 @@ class _Calibration:
         width = self._layers[group.layers[0]].in_features
         statistics = InputStatistics(width, _weight(self._models[1], group.layers[0]).device)
         for index, batch in enumerate(self._inputs):
-            keep = batch.get("attention_mask")
-            statistics.add(
-                sparse.layer_inputs(group, index),
-                dense.layer_inputs(group, index),
-                keep.bool().ravel() if keep is not None and keep.dim() == 2 else None,
-            )
+            statistics.add(sparse.layer_inputs(group, index), dense.layer_inputs(group, index), kept_tokens(batch))
         return statistics
 
     def _bundles(self, group: Group) -> Iterable[list[LayerPlan]]:
@@ -108,7 +103,7 @@ class _Calibration:
         return bundles.values()
 
     def _start(self, layers: Sequence[LayerPlan], statistics: InputStatistics) -> None:
-        dense = [_dense_layer(self._models[1], layer) for layer in layers]
+        dense = [dense_layer(self._models[1], layer) for layer in layers]
         for layer, (start, escalated) in zip(
             layers, start_layers(layers, dense, statistics, self._recipe), strict=True
         ):
@@ -138,7 +133,14 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_submodule(name).get_parameter("weight")
 
 
-def _dense_layer(model: nn.Module, layer: LayerPlan) -> DenseLayer:
+def kept_tokens(batch: Inputs) -> Tensor | None:
+    """Which tokens of a batch, flattened, its attention mask lets count; None for all."""
+    keep = batch.get("attention_mask")
+    return keep.bool().ravel() if keep is not None and keep.dim() == 2 else None
+
+
+def dense_layer(model: nn.Module, layer: LayerPlan) -> DenseLayer:
+    """The weight of a planned layer as it is now in `model`, `[out, in]`, and its bias."""
     weight = _weight(model, layer.name)
     return DenseLayer(weight.T if layer.transposed else weight, getattr(model.get_submodule(layer.name), "bias", None))
 
@@ -157,7 +159,8 @@ def _describe(units: Sequence[Unit]) -> str:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
