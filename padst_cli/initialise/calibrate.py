@@ -19,6 +19,7 @@ from padst_cli.permutation.apply import from_structure
 from padst_cli.plan import LayerPlan, Plan
 from padst_cli.recipe import Recipe
 from padst_cli.tracing import Inputs
+from padst_cli.tying import tied_weights
 
 
 @torch.no_grad()
@@ -32,12 +33,14 @@ def initialise(
 ) -> dict[str, LayerStart]:
     """Give every planned layer its permutation, support and refitted weights; returns them by name, in plan order.
 
-    `student` starts as a copy of the dense `teacher`, with memory of its own. Layers are taken in execution order; as
+    `student` starts as a copy of the dense `teacher`, with memory of its own, untied where the plan unties. Layers are taken in execution order; as
     one is done, its dense weight in `student` (and nothing else) is overwritten with the sparse one, so that later
     layers see sparse inputs X' while aiming at the dense outputs. `batches` are model inputs; `labels` are ignored, and
     tokens that `attention_mask` leaves out do not count. Both models run in eval mode and get their mode back.
     Deterministic for `recipe.seed`. Raises `PadstError` for empty batches and inputs that are not finite.
     """
+    if plan.unties and tied_weights(student):
+        raise ValueError("untie the student first: a sparse head would overwrite its embedding")
     if not batches:
         raise PadstError("there is no calibration data: the corpus gave no batch; give more text or images with --data")
     device = next(student.parameters()).device

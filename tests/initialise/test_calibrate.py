@@ -305,6 +305,8 @@ def test_the_head_reads_the_final_norm_of_the_sparse_model(name: str, make_model
     recipe = BASE.updated({"targets": ("default", "lm_head"), "sparsity": 0.5})
     plan, student = make_plan(model, recipe), copy.deepcopy(model)
     if plan.unties:
+        with pytest.raises(ValueError, match="untie the student"):
+            initialise(model, student, plan, batches, recipe, [].append)
         untie(student)
     embedding = student.get_input_embeddings().weight.detach().clone()
     starts = initialise(model, student, plan, batches, recipe, [].append)
