@@ -33,11 +33,12 @@ def initialise(
 ) -> dict[str, LayerStart]:
     """Give every planned layer its permutation, support and refitted weights; returns them by name, in plan order.
 
-    `student` starts as a copy of the dense `teacher`, with memory of its own, untied where the plan unties. Layers are taken in execution order; as
-    one is done, its dense weight in `student` (and nothing else) is overwritten with the sparse one, so that later
-    layers see sparse inputs X' while aiming at the dense outputs. `batches` are model inputs; `labels` are ignored, and
-    tokens that `attention_mask` leaves out do not count. Both models run in eval mode and get their mode back.
-    Deterministic for `recipe.seed`. Raises `PadstError` for empty batches and inputs that are not finite.
+    `student` starts as a copy of the dense `teacher`, with memory of its own, untied where the plan unties. Layers are
+    taken in execution order; as one is done, its dense weight in `student` (and nothing else) is overwritten with the
+    sparse one, so that later layers see sparse inputs X' while aiming at the dense outputs. `batches` are model inputs;
+    `labels` are ignored, and tokens that `attention_mask` leaves out do not count. Both models run in eval mode and get
+    their mode back. Deterministic for `recipe.seed`. Raises `PadstError` for empty batches and inputs that are not
+    finite.
     """
     if plan.unties and tied_weights(student):
         raise ValueError("untie the student first: a sparse head would overwrite its embedding")
