@@ -29,7 +29,6 @@ EXCHANGE_LIMIT = 512
 """Most N:M groups that exchange columns with each other in one move; its time grows with their square."""
 _STAY = 1e-9
 _ENOUGH = 1e-7
-_TINY = 1e-30
 
 
 class Supporting(Protocol):
@@ -100,7 +99,8 @@ def search_shared(scores: Sequence[Tensor], structures: Sequence[Supporting], ro
     if isinstance(first, PicksFromGroups):
         assert all(isinstance(part, PicksFromGroups) and (part.n, part.m) == (first.n, first.m) for part in parts)
         together = StackedGroups(parts, heights, first.n, first.m)
-    stack = torch.cat([score.float() / score.sum(dtype=torch.float64).clamp_min(_TINY).float() for score in scores])
+    least = torch.finfo(torch.float32).tiny
+    stack = torch.cat([score.float() / float(score.sum(dtype=torch.float64).clamp_min(least)) for score in scores])
     found = search(stack, together, ("input",), rounds, seed).perm_in
     assert found is not None
     return found
