@@ -31,6 +31,7 @@ from padst_cli.runtime.packing import densify, install, resident_bytes
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import OnProgress, Pair, Progress, Rate, Stopwatch, Timing, crossing
 from padst_cli.structures import DoesNotFit, Structure, StructureOptions
+from padst_cli.tying import untie
 
 DEFAULT_TOKENS = (1, 32, 512)
 BREAK_EVEN_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
@@ -170,6 +171,8 @@ def random_sparse(
     model = source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(recipe.seed)
     plan = make_plan(model, recipe)
+    if plan.unties:
+        untie(model)
     layers = {layer.name: _random_layer(layer, value_dtype, dtype, generator).to(device) for layer in plan.layers}
     return install(model, layers, "packed" if all(layer.structure.exportable for layer in plan.layers) else "training")
 

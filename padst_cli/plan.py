@@ -1,34 +1,34 @@
-"""Recipe + shapes -> Plan: which layers become sparse, how, and what is left alone and why. No weights are touched.
-
-A target is found by its place, not by its model family: a linear layer (`nn.Linear` or GPT-2's `Conv1D`) inside a
-repeated block (an item of an `nn.ModuleList`) is an attention or MLP projection; linear layers elsewhere are
-embeddings, heads and poolers.
-"""
+"""Recipe + shapes -> Plan: which layers become sparse, how, and what is left alone and why. No weights are touched."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from padst_cli.errors import PadstError, nearest
-from padst_cli.recipe import Recipe, parse_nm
+from padst_cli.errors import PadstError
+from padst_cli.recipe import DATA_ALLOCATIONS, Recipe, parse_nm
 from padst_cli.structures import DoesNotFit, Structure, StructureOptions, structure_class
+from padst_cli.targets import Skipped, Target, find_targets, matches
+from padst_cli.tracing import example_inputs, layers_by_input
+from padst_cli.tying import tied_weights
 
 INDEX_BYTES = torch.int32.itemsize
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ROUTER_NAMES = ("gate", "router", "classifier")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear layer: its structure, the sides that get a permutation, and how it is stored."""
+    """What becomes of one linear layer: its structure, the sides that get a permutation, and how it is stored.
+
+    `untied`: the dense layer shares its weight with an embedding; the sparse one has its own, the embedding stays.
+    `shared` names the layers, this one among them, that have one input permutation together; empty where it has its
+    own.
+    """
 
     name: str
     out_features: int
@@ -37,6 +37,23 @@ class LayerPlan:
     sides: tuple[str, ...]
     bias: bool
     transposed: bool
+    untied: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of the layers that share its input permutation, or has it for itself."""
+        return not self.shared or self.shared[0] == self.name
+
+    @property
+    def note(self) -> str | None:
+        """What the plan must say about this layer, or None."""
+        notes = [self.structure.note]
+        if self.untied:
+            notes.append("untied from the embedding, which stays dense")
+        if self.shared and self.sides == ("input",) and self.out_features < self.in_features:
+            notes.append("permuted on its inputs, the larger side, to share the permutation")
+        return "; ".join(note for note in notes if note) or None
 
     def packed_bytes(self, value_dtype: torch.dtype) -> int:
         """Bytes of the packed weight with its permutations, bias excluded (as in `dense_bytes`)."""
@@ -49,21 +66,23 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A weight matrix that stays dense, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The layers to sparsify in model order, the rest with reasons, and the parameters outside all target weights."""
+    """The layers to sparsify in model order, the rest with reasons, and what surrounds them.
+
+    `other_parameters` are those of the sparse model outside all target weights, an embedding that lost its head among
+    them; `dense_parameters` are all of the dense model, tied ones once.
+    """
 
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skipped, ...]
     sparsity_requested: float
     other_parameters: int
+    dense_parameters: int
+
+    @property
+    def unties(self) -> bool:
+        """Whether a layer becomes sparse that shares its weight with an embedding."""
+        return any(layer.untied for layer in self.layers)
 
     @property
     def sparsity_achieved(self) -> float:
@@ -72,17 +91,17 @@ class Plan:
 
     @property
     def whole_model_density(self) -> float:
-        """Nonzero parameters of the sparse model over the parameters of the dense one."""
+        """Nonzero parameters of the sparse model over the parameters of the dense one (tied ones once)."""
         nonzeros = sum(layer.structure.nonzeros for layer in self.layers) + self.other_parameters
-        return nonzeros / (self._target_entries + self.other_parameters)
+        return nonzeros / self.dense_parameters
 
     @property
     def _target_entries(self) -> int:
         return sum(layer.out_features * layer.in_features for layer in self.layers)
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all parameters of the dense model."""
-        return (self._target_entries + self.other_parameters) * dtype.itemsize
+        """Bytes of all parameters of the dense model, tied ones once."""
+        return self.dense_parameters * dtype.itemsize
 
     def packed_bytes(self, dtype: torch.dtype, value_dtype: torch.dtype) -> int:
         """Bytes of the packed model: packed layers in `value_dtype`, everything else in `dtype`."""
@@ -91,99 +110,72 @@ class Plan:
 
     def run_bytes(self, soft: bool, distill: bool) -> int:
         """Rough peak of `sparsify` in bytes, float32: student, gradient, two moments; soft matrices too; a teacher."""
-        total = (4 + distill) * self.dense_bytes(torch.float32)
+        student = (self._target_entries + self.other_parameters) * torch.float32.itemsize
+        total = 4 * student + distill * self.dense_bytes(torch.float32)
         if soft:
-            lengths = {"input": lambda p: p.in_features, "output": lambda p: p.out_features}
-            total += 4 * sum(4 * lengths[side](layer) ** 2 for layer in self.layers for side in layer.sides)
+            for layer in self.layers:
+                lengths = {"input": layer.in_features if layer.leads else 0, "output": layer.out_features}
+                total += 4 * sum(4 * lengths[side] ** 2 for side in layer.sides)
         return total
 
 
-def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+def make_plan(model: nn.Module, recipe: Recipe, densities: Mapping[str, float] | None = None) -> Plan:
     """Lay the recipe's structure over every target layer of `model` (which may live on the meta device).
 
-    Raises `PadstError` when a `--targets` or `--ignore` pattern matches nothing or no layer can be sparsified.
+    `densities` by layer name are those that the data gave, for an allocation that asks it; until they are known such a
+    plan is uniform. Raises `PadstError` when a `--targets` or `--ignore` pattern matches nothing or no layer can be
+    sparsified.
     """
-    candidates, skipped = _find_targets(model, recipe)
-    densities = _allocate(candidates, recipe)
-    layers: list[LayerPlan] = []
+    targets, skipped = find_targets(model, recipe)
+    fitted: list[tuple[Target, Structure]] = []
     misfits: list[Skipped] = []
-    for candidate, density in zip(candidates, densities, strict=True):
+    wanted = _allocate(targets, recipe)
+    if densities is not None:
+        wanted = [densities.get(target.name, density) for target, density in zip(targets, wanted, strict=True)]
+    for target, density in zip(targets, wanted, strict=True):
         try:
-            structure = structure_class(recipe.structure).for_density(
-                candidate.out_features, candidate.in_features, density, _options(recipe)
-            )
+            fitted.append((target, fit(target.out_features, target.in_features, density, recipe)))
         except DoesNotFit as error:
-            misfits.append(Skipped(candidate.name, str(error)))
-            continue
-        sides = _sides(structure, recipe)
-        layers.append(
-            LayerPlan(
-                candidate.name,
-                candidate.out_features,
-                candidate.in_features,
-                structure,
-                sides,
-                candidate.bias,
-                candidate.transposed,
-            )
-        )
-    if not layers:
+            misfits.append(Skipped(target.name, str(error)))
+    if not fitted:
         found = misfits or skipped
         reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found[:3]) or "it has no linear layers in blocks"
         raise PadstError(f"structure '{recipe.structure}' fits no layer of this model ({reasons})")
-    targets = {layer.name for layer in layers}
-    return Plan(tuple(layers), (*skipped, *misfits), recipe.sparsity, _other_parameters(model, targets))
+    partners = _partners(model, fitted, recipe)
+    layers = tuple(
+        _layer_plan(target, structure, partners.get(target.name, ()), recipe) for target, structure in fitted
+    )
+    dense, sparse = _parameters(model, unties=any(layer.untied for layer in layers))
+    others = sparse - sum(layer.out_features * layer.in_features for layer in layers)
+    return Plan(layers, (*skipped, *misfits), recipe.sparsity, others, dense)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    out_features: int
-    in_features: int
-    bias: bool
-    transposed: bool
+def _layer_plan(target: Target, structure: Structure, shared: tuple[str, ...], recipe: Recipe) -> LayerPlan:
+    return LayerPlan(
+        name=target.name,
+        out_features=target.out_features,
+        in_features=target.in_features,
+        structure=structure,
+        sides=_sides(structure, recipe, shared=bool(shared)),
+        bias=target.bias,
+        transposed=target.transposed,
+        untied=target.tied,
+        shared=shared,
+    )
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
-    """(out_features, in_features, transposed) of a layer that padst can replace, None for any other module.
-
-    Subclasses of `nn.Linear` are left alone: `nn.MultiheadAttention`, for one, reads its projection's weight without
-    calling it.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    if type(module) is nn.Linear:
-        return module.out_features, module.in_features, False
-    if type(module) is Conv1D:
-        shape = tuple(module.get_parameter("weight").shape)
-        return shape[1], shape[0], True
-    return None
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a `--targets`/`--ignore` pattern means module `name`.
-
-    `re:EXPR` searches the whole dotted name; anything else is a dotted run of whole name parts (`attn.c_proj`,
-    `q_proj`, `h.0`).
-    """
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise PadstError(f"'{pattern}' is not a regular expression: {error}") from None
-    return f".{pattern}." in f".{name}."
-
-
-def _options(recipe: Recipe) -> StructureOptions:
-    return StructureOptions(
+def fit(out_features: int, in_features: int, density: float, recipe: Recipe) -> Structure:
+    """The member of the recipe's family for one shape and density; raises `DoesNotFit` where there is none."""
+    options = StructureOptions(
         nm=parse_nm(recipe.nm) if recipe.nm else None,
         block_size=recipe.block_size,
         band=recipe.band,
         block_rows=recipe.block_rows,
     )
+    return structure_class(recipe.structure).for_density(out_features, in_features, density, options)
 
 
-def _sides(structure: Structure, recipe: Recipe) -> tuple[str, ...]:
+def _sides(structure: Structure, recipe: Recipe, *, shared: bool) -> tuple[str, ...]:
     # A permutation maps the family of all masks to itself: it changes nothing for the unstructured control.
     if recipe.permutation.kind == "none" or recipe.structure == "unstructured":
         return ()
@@ -191,103 +183,48 @@ def _sides(structure: Structure, recipe: Recipe) -> tuple[str, ...]:
         return ("input", "output")
     if recipe.permutation.side in ("input", "output"):
         return (recipe.permutation.side,)
-    if structure.permute_inputs_only or structure.out_features >= structure.in_features:
+    if shared or structure.permute_inputs_only or structure.out_features >= structure.in_features:
         return ("input",)
     return ("output",)
 
 
-def _find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[_Candidate], list[Skipped]]:
-    modules = dict(model.named_modules())
-    _check_patterns(recipe, [name for name, module in modules.items() if linear_shape(module)])
-    shared = _shared_parameters(model)
-    candidates: list[_Candidate] = []
-    skipped = [Skipped(name, reason) for name, reason in _unsparsifiable(model)]
-    for name, module in modules.items():
-        shape = linear_shape(module)
-        if shape is None:
-            continue
-        reason = _reason_to_skip(name, module, model, recipe, shared)
-        if reason:
-            skipped.append(Skipped(name, reason))
-        else:
-            candidates.append(_Candidate(name, shape[0], shape[1], module.bias is not None, shape[2]))
-    return candidates, skipped
+def _partners(model: nn.Module, fitted: list[tuple[Target, Structure]], recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """The layers that have their input permutation together with others, by name, with all who have it."""
+    if not recipe.permutation.share or not _sides(fitted[0][1], recipe, shared=True):
+        return {}
+    structures = {target.name: structure for target, structure in fitted}
+    found: dict[str, tuple[str, ...]] = {}
+    order = list(structures)
+    for group in layers_by_input(model, order, example_inputs(model)):
+        kinds: dict[Any, list[str]] = {}
+        for name in sorted(group, key=order.index):
+            # The search moves columns between groups of M inputs: those of layers with another N:M do not line up.
+            own = structures[name].permute_inputs_only
+            kinds.setdefault(tuple(structures[name].parameters().items()) if own else (), []).append(name)
+        found |= {name: tuple(names) for names in kinds.values() if len(names) > 1 for name in names}
+    return found
 
 
-def _reason_to_skip(name: str, module: nn.Module, model: nn.Module, recipe: Recipe, shared: set[int]) -> str | None:
-    if any(matches(pattern, name) for pattern in recipe.ignore):
-        return "ignored by --ignore"
-    if recipe.targets:
-        if not any(matches(pattern, name) for pattern in recipe.targets):
-            return "not among --targets"
-    else:
-        if not _in_block(name, model):
-            return "outside the repeated blocks (embedding, head or pooler); name it in --targets to include it"
-        if _is_router(name, module, model):
-            return "routes tokens to experts; name it in --targets to include it"
-    if id(module.weight) in shared:
-        return "its weight is tied to another module's"
-    return None
+def _parameters(model: nn.Module, unties: bool) -> tuple[int, int]:
+    """How many parameters the dense model has, tied ones once, and how many once it is `untied` where it must be."""
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    copies = sum(model.get_parameter(name).numel() for name in tied_weights(model)) if unties else 0
+    return dense, dense + copies
 
 
-def _in_block(name: str, model: nn.Module) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
-
-
-def _is_router(name: str, module: nn.Module, model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    counts = {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
-    shape = linear_shape(module)
-    return shape is not None and name.rpartition(".")[2] in _ROUTER_NAMES and shape[0] in counts
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    return {key for key, count in uses.items() if count > 1}
-
-
-def _unsparsifiable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-            yield name, f"a {type(module).__name__}, whose weight is used without calling the layer"
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            yield name, "a convolution"
-        elif not isinstance(module, (nn.Linear, nn.Embedding)):
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and _in_block(f"{name}.{key}", model):
-                    yield f"{name}.{key}", f"a fused tensor {list(parameter.shape)} (experts in one piece)"
-
-
-def _check_patterns(recipe: Recipe, names: list[str]) -> None:
-    for flag, patterns in (("--targets", recipe.targets), ("--ignore", recipe.ignore)):
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
-                tails = sorted({name.rpartition(".")[2] for name in names})
-                raise PadstError(
-                    f"{flag} '{pattern}' matches no linear layer{nearest(pattern, tails)}; "
-                    f"the layers end in {', '.join(tails)}"
-                )
-
-
-def _other_parameters(model: nn.Module, targets: set[str]) -> int:
-    weights = {id(model.get_submodule(name).weight) for name in targets}
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in weights)
-
-
-def _allocate(candidates: list[_Candidate], recipe: Recipe) -> list[float]:
+def _allocate(targets: list[Target], recipe: Recipe) -> list[float]:
     density = 1.0 - recipe.sparsity
-    if recipe.allocation == "uniform":
-        return [density] * len(candidates)
+    if recipe.allocation == "uniform" or recipe.allocation in DATA_ALLOCATIONS:
+        return [density] * len(targets)
     if recipe.allocation == "erk":
-        return _erk([(c.out_features, c.in_features) for c in candidates], density)
+        return _erk([(t.out_features, t.in_features) for t in targets], density)
     path = Path(recipe.allocation)
     if not path.is_file():
-        raise PadstError(f"--allocation '{recipe.allocation}' is neither uniform, erk nor a file")
+        raise PadstError(f"--allocation '{recipe.allocation}' is neither uniform, erk, owl, error nor a file")
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(table, dict) or not all(isinstance(v, float) and 0 < v < 1 for v in table.values()):
         raise PadstError(f"allocation file '{path}' is not a mapping of layer patterns to sparsities between 0 and 1")
-    return [next((1 - s for p, s in table.items() if matches(str(p), c.name)), density) for c in candidates]
+    return [next((1 - s for p, s in table.items() if matches(str(p), t.name)), density) for t in targets]
 
 
 def _erk(shapes: list[tuple[int, int]], density: float) -> list[float]:

@@ -21,6 +21,12 @@ PermutationKind = Literal["learned", "assignment", "random", "none"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
+DEFAULT_TARGETS = "default"
+"""The entry of `targets` that stands for the attention and MLP projections of all repeated blocks."""
+
+DATA_ALLOCATIONS = ("owl", "error")
+"""Allocations that are decided by what calibration sees, not by shapes."""
+
 
 LEARNING_RATES: Final[Mapping[str, float]] = {
     "causal-lm": 3e-4,
@@ -46,6 +52,8 @@ class _Strict(BaseModel):
 class PermutationRecipe(_Strict):
     """How each layer's permutation is found, and the schedule of the soft learner.
 
+    `share` gives the layers that read the same input (query, key and value; gate and up) one input permutation.
+
     Shares are fractions of all training steps. `mixing` is how much of the soft matrix starts spread evenly over its
     row; `delta` is the normalised penalty under which a layer hardens (0.22, after PA-DST); `penalty_weight` is the
     lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline` share, when whatever is still soft is
@@ -55,6 +63,7 @@ class PermutationRecipe(_Strict):
     kind: PermutationKind = "learned"
     learner: Literal["soft"] = "soft"
     side: Side = "auto"
+    share: bool = False
     mixing: float = Field(default=0.3, ge=0.0, lt=1.0)
     delta: float = Field(default=0.22, gt=0.0, lt=1.0)
     penalty_weight: float = Field(default=0.2, ge=0.0)
@@ -62,6 +71,12 @@ class PermutationRecipe(_Strict):
     earliest: float = Field(default=0.05, ge=0.0, le=1.0)
     deadline: float = Field(default=0.3, gt=0.0, le=1.0)
     assignment_rounds: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _shares_inputs(self) -> Self:
+        if self.share and self.side == "output":
+            raise ValueError("share gives layers one input permutation, and side 'output' permutes no inputs")
+        return self
 
 
 class SupportRecipe(_Strict):

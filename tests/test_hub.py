@@ -11,10 +11,10 @@ from huggingface_hub import errors
 
 from padst_cli.errors import PadstError
 from padst_cli.hub import push
-from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
 from padst_cli.structures import StructureOptions, structure_class
+from padst_cli.targets import linear_shape
 from tests import models
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "padst_cli").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 LOWEST = {"errors", "events"}
-FORMATS = {"structures", "permutation", "recipe", "checkpoint", "plan", "data"}
+FORMATS = {"structures", "permutation", "recipe", "checkpoint", "plan", "targets", "tying", "tracing", "data"}
 MIDDLE = {"initialise", "training", "evaluation", "runtime", "report"}
 
 # part -> the parts of padst_cli that it may import (itself and the lowest tier always)
@@ -25,7 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": set(),
     "data": set(),
     "checkpoint": {"structures", "permutation"},
-    "plan": {"structures", "recipe", "checkpoint"},
+    "tying": set(),
+    "tracing": set(),
+    "targets": {"recipe", "tying"},
+    "plan": {"structures", "recipe", "targets", "tracing", "tying"},
     "initialise": FORMATS,
     "training": FORMATS | {"initialise"},
     "evaluation": FORMATS,

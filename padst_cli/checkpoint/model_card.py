@@ -220,11 +220,15 @@ def _what_it_is(data: CardData, name: str) -> str:
     permuted = result["permutations"].get("learned", 0)
     moved = f"{result['permutations'].get('moved_from_start', 0):,} entries moved from where the assignment put them"
     through = f", {permuted} permutations learned on the way ({moved})" if permuted else ""
+    sharing = result["permutations"].get("sharing_layers", 0)
+    through += (
+        f"; {sharing} layers share their input permutation with others that read the same input" if sharing else ""
+    )
     text = (
         f"`{name}` ({data.architecture}, {_TASK_NAMES[result['task']]}) with {result['layers']} linear layers made "
         f"sparse{through}. Structure: {STRUCTURE_NAMES[result['structure']]}. Sparsity of these layers: "
-        f"{result['sparsity_requested']:.4f} requested, {result['sparsity_achieved']:.4f} achieved; embeddings, heads "
-        f"and norms stay dense, so {result['whole_model_density'] * 100:.1f} % of the whole model's parameters are "
+        f"{result['sparsity_requested']:.4f} requested, {result['sparsity_achieved']:.4f} achieved; everything "
+        f"else stays dense, so {result['whole_model_density'] * 100:.1f} % of the whole model's parameters are "
         "left. "
         "Made by padst after PA-DST ([arXiv 2510.14812](https://arxiv.org/abs/2510.14812)). "
         f"This folder holds the model {_FORMS[data.form]}."

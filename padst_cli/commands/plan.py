@@ -47,7 +47,7 @@ def _render(console: Console, result: PlanResult) -> None:
             f"{layer['out_features']} x {layer['in_features']}",
             layer["structure"],
             ", ".join(f"{key} {value}" for key, value in layer["parameters"].items()),
-            " and ".join(layer["sides"]) or "-",
+            (" and ".join(layer["sides"]) or "-") + (" (shared)" if layer["shared_with"] else ""),
             f"{1 - layer['density']:.4f}",
             f"{layer['packed_bytes'] / 1000:.1f}",
             layer["note"] or "",
@@ -58,7 +58,7 @@ def _render(console: Console, result: PlanResult) -> None:
     if result.skipped:
         console.table("left dense", ("weight", "reason"), [(skip["name"], skip["reason"]) for skip in result.skipped])
     console.table(
-        "totals",
+        "totals" if result.allocation not in ("owl", "error") else f"totals, until {result.allocation} has seen data",
         ("", ""),
         [
             ("sparsity requested / achieved", f"{result.sparsity_requested:.4f} / {result.sparsity_achieved:.4f}"),

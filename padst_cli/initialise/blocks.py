@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = Mapping[str, Tensor]
+from padst_cli.tracing import Inputs, Stop, post_hook, pre_hook, run_hooked, run_model
+
 _WHOLE = "\0"
 
 
@@ -57,18 +56,6 @@ class Call:
         return (hidden, *self.args), self.kwargs
 
 
-class Stop(Exception):
-    """Raised by a hook to end a forward pass that has given all it was run for."""
-
-
-def run_model(model: nn.Module, inputs: Inputs) -> Any:
-    """One forward pass of the whole model without labels and, where the model knows the word, without a cache."""
-    arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
-    if "use_cache" in signature(model.forward).parameters:
-        arguments["use_cache"] = False
-    return model(**arguments)
-
-
 def first_tensor(output: Any) -> Tensor | None:
     """The hidden states in a block's output: the tensor itself, or the first entry of a tuple or model output."""
     if isinstance(output, Tensor):
@@ -89,25 +76,6 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
     if key is None:
         return None, Call((), dict(kwargs), 0)
     return kwargs[key], Call((), {name: value for name, value in kwargs.items() if name != key}, key)
-
-
-def pre_hook(module: nn.Module, call: Callable[..., Any]) -> Callable[[], Any]:
-    """An installer, for `run_hooked`, of a forward pre-hook `call(module, args, kwargs)`."""
-    return lambda: module.register_forward_pre_hook(call, with_kwargs=True)
-
-
-def post_hook(module: nn.Module, call: Callable[..., Any]) -> Callable[[], Any]:
-    """An installer, for `run_hooked`, of a forward hook `call(module, args, output)`."""
-    return lambda: module.register_forward_hook(call)
-
-
-def run_hooked(installers: Sequence[Callable[[], Any]], run: Callable[[], Any]) -> None:
-    """Call `run` with hooks installed, until it returns or one of them raises `Stop`; the hooks are removed after."""
-    with ExitStack() as stack:
-        for install in installers:
-            stack.callback(install().remove)
-        with suppress(Stop):
-            run()
 
 
 def record_calls(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message, OnEvent
-from padst_cli.initialise.blocks import Group, Inputs, Unit, find_units
-from padst_cli.initialise.layer import start_layer
+from padst_cli.initialise.blocks import Group, Unit, find_units
+from padst_cli.initialise.layer import DenseLayer, start_layers
 from padst_cli.initialise.start import LayerStart
 from padst_cli.initialise.statistics import InputStatistics
 from padst_cli.initialise.streams import Stream
 from padst_cli.permutation.apply import from_structure
 from padst_cli.plan import LayerPlan, Plan
 from padst_cli.recipe import Recipe
+from padst_cli.tracing import Inputs
+from padst_cli.tying import tied_weights
 
 
 @torch.no_grad()
@@ -31,17 +33,20 @@ def initialise(
 ) -> dict[str, LayerStart]:
     """Give every planned layer its permutation, support and refitted weights; returns them by name, in plan order.
 
-    `student` starts as a copy of the dense `teacher`, with memory of its own. Layers are taken in execution order; as
-    one is done, its dense weight in `student` (and nothing else) is overwritten with the sparse one, so that later
-    layers see sparse inputs X' while aiming at the dense outputs. `batches` are model inputs; `labels` are ignored, and
-    tokens that `attention_mask` leaves out do not count. Both models run in eval mode and get their mode back.
-    Deterministic for `recipe.seed`. Raises `PadstError` for empty batches and inputs that are not finite.
+    `student` starts as a copy of the dense `teacher`, with memory of its own, untied where the plan unties. Layers are
+    taken in execution order; as one is done, its dense weight in `student` (and nothing else) is overwritten with the
+    sparse one, so that later layers see sparse inputs X' while aiming at the dense outputs. `batches` are model inputs;
+    `labels` are ignored, and tokens that `attention_mask` leaves out do not count. Both models run in eval mode and get
+    their mode back. Deterministic for `recipe.seed`. Raises `PadstError` for empty batches and inputs that are not
+    finite.
     """
+    if plan.unties and tied_weights(student):
+        raise ValueError("untie the student first: a sparse head would overwrite its embedding")
     if not batches:
         raise PadstError("there is no calibration data: the corpus gave no batch; give more text or images with --data")
     device = next(student.parameters()).device
     inputs = [{key: value.to(device) for key, value in batch.items() if key != "labels"} for batch in batches]
-    with _eval_mode(teacher), _eval_mode(student):
+    with evaluating(teacher), evaluating(student):
         units = find_units(teacher, [layer.name for layer in plan.layers], inputs[0])
         on_event(Message(_describe(units)))
         run = _Calibration(teacher, student, plan, inputs, recipe, on_event)
@@ -76,31 +81,45 @@ class _Calibration:
             sparse.advance()
             for group in unit.groups:
                 statistics = self._collect(group, dense, sparse)
-                for name in group.layers:
-                    self._start(self._layers[name], statistics)
+                for layers in self._bundles(group):
+                    self._start(layers, statistics)
         return self._starts
 
     def _collect(self, group: Group, dense: Stream, sparse: Stream) -> InputStatistics:
         width = self._layers[group.layers[0]].in_features
         statistics = InputStatistics(width, _weight(self._models[1], group.layers[0]).device)
         for index, batch in enumerate(self._inputs):
-            keep = batch.get("attention_mask")
-            statistics.add(
-                sparse.layer_inputs(group, index),
-                dense.layer_inputs(group, index),
-                keep.bool().ravel() if keep is not None and keep.dim() == 2 else None,
-            )
+            statistics.add(sparse.layer_inputs(group, index), dense.layer_inputs(group, index), kept_tokens(batch))
         return statistics
 
-    def _start(self, layer: LayerPlan, statistics: InputStatistics) -> None:
+    def _bundles(self, group: Group) -> Iterable[list[LayerPlan]]:
+        """The layers of a group one by one, those that share their input permutation together."""
+        bundles: dict[tuple[str, ...], list[LayerPlan]] = {}
+        for name in group.layers:
+            layer = self._layers[name]
+            bundles.setdefault(layer.shared or (name,), []).append(layer)
+        for shared, layers in bundles.items():
+            if len(layers) != len(shared):
+                raise PadstError(
+                    f"{' and '.join(shared)} were planned to share one permutation, but on this data they do not read "
+                    "the same input; leave out --share-permutations"
+                )
+        return bundles.values()
+
+    def _start(self, layers: Sequence[LayerPlan], statistics: InputStatistics) -> None:
+        dense = [dense_layer(self._models[1], layer) for layer in layers]
+        for layer, (start, escalated) in zip(
+            layers, start_layers(layers, dense, statistics, self._recipe), strict=True
+        ):
+            self._accept(layer, start, escalated, bool(statistics.tokens))
+
+    def _accept(self, layer: LayerPlan, start: LayerStart, escalated: int, seen: bool) -> None:
+        """Put a start into the student and tell of it."""
         parameter = _weight(self._models[1], layer.name)
-        weight = parameter.T if layer.transposed else parameter
-        bias = getattr(self._models[1].get_submodule(layer.name), "bias", None)
-        start, escalated = start_layer(layer, weight, bias, statistics, self._recipe)
         final = from_structure(start.weight, start.perm_in, start.perm_out)
         parameter.copy_(final.T if layer.transposed else final)
         self._starts[layer.name] = start
-        if not statistics.tokens:
+        if not seen:
             self._on_event(
                 Message(f"{layer.name} saw no calibration input; it keeps its largest weights without a refit")
             )
@@ -118,6 +137,18 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return model.get_submodule(name).get_parameter("weight")
 
 
+def kept_tokens(batch: Inputs) -> Tensor | None:
+    """Which tokens of a batch, flattened, its attention mask lets count; None for all."""
+    keep = batch.get("attention_mask")
+    return keep.bool().ravel() if keep is not None and keep.dim() == 2 else None
+
+
+def dense_layer(model: nn.Module, layer: LayerPlan) -> DenseLayer:
+    """The weight of a planned layer as it is now in `model`, `[out, in]`, and its bias."""
+    weight = _weight(model, layer.name)
+    return DenseLayer(weight.T if layer.transposed else weight, getattr(model.get_submodule(layer.name), "bias", None))
+
+
 def _describe(units: Sequence[Unit]) -> str:
     layers = sum(len(group.layers) for unit in units for group in unit.groups)
     blocks = sum(bool(unit.module) for unit in units)
@@ -132,7 +163,8 @@ def _describe(units: Sequence[Unit]) -> str:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from padst_cli.initialise.refit import refit
 from padst_cli.initialise.saliency import plain_saliency, refit_saliency
 from padst_cli.initialise.start import LayerStart
 from padst_cli.initialise.statistics import InputStatistics
-from padst_cli.permutation.apply import from_structure, random_permutation, to_structure
-from padst_cli.permutation.assignment import SearchResult, kept_share, search
+from padst_cli.permutation.apply import from_structure, permute_columns, random_permutation, to_structure
+from padst_cli.permutation.assignment import SearchResult, kept_share, search, search_shared
 from padst_cli.plan import LayerPlan
 from padst_cli.recipe import Recipe
 
@@ -23,20 +25,39 @@ def layer_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def choose_order(score: Tensor, layer: LayerPlan, recipe: Recipe) -> SearchResult:
-    """The permutations of `layer.sides` after the recipe's kind, and the support that keeps the most of `score`."""
+def choose_order(score: Tensor, layer: LayerPlan, recipe: Recipe, perm_in: Tensor | None = None) -> SearchResult:
+    """The permutations of `layer.sides` after the recipe's kind, and the support that keeps the most of `score`.
+
+    `perm_in` is the input permutation where it was found before, for several layers together.
+    """
+    sides = tuple(side for side in layer.sides if side != "input" or perm_in is None)
+    ordered = permute_columns(score, perm_in)
     seed = layer_seed(recipe.seed, layer.name)
     if recipe.permutation.kind in ("learned", "assignment"):
-        return search(score, layer.structure, layer.sides, recipe.permutation.assignment_rounds, seed)
+        found = search(ordered, layer.structure, sides, recipe.permutation.assignment_rounds, seed)
+        return found if perm_in is None else replace(found, perm_in=perm_in)
     generator = torch.Generator().manual_seed(seed)
     perms: dict[str, Tensor] = {}
     if recipe.permutation.kind == "random":
         sizes = {"input": layer.in_features, "output": layer.out_features}
-        perms = {side: random_permutation(sizes[side], generator).to(score.device) for side in layer.sides}
-    perm_in, perm_out = perms.get("input"), perms.get("output")
-    ordered = to_structure(score, perm_in, perm_out)
+        perms = {side: random_permutation(sizes[side], generator).to(score.device) for side in sides}
+    ordered = to_structure(ordered, perms.get("input"), perms.get("output"))
     mask = layer.structure.project(ordered)
-    return SearchResult(perm_in, perm_out, mask, kept_share(ordered, mask), 0)
+    return SearchResult(perms.get("input", perm_in), perms.get("output"), mask, kept_share(ordered, mask), 0)
+
+
+def choose_orders(scores: Sequence[Tensor], layers: Sequence[LayerPlan], recipe: Recipe) -> list[SearchResult]:
+    """`choose_order` of layers that have one input permutation together: it comes first, then each layer's own part."""
+    perm_in = None
+    if len(layers) > 1:
+        seed = layer_seed(recipe.seed, layers[0].shared[0])
+        if recipe.permutation.kind == "random":
+            generator = torch.Generator().manual_seed(seed)
+            perm_in = random_permutation(layers[0].in_features, generator).to(scores[0].device)
+        else:
+            structures = [layer.structure for layer in layers]
+            perm_in = search_shared(scores, structures, recipe.permutation.assignment_rounds, seed)
+    return [choose_order(score, layer, recipe, perm_in) for score, layer in zip(scores, layers, strict=True)]
 
 
 def _saliency(weight: Tensor, aim: Tensor, statistics: InputStatistics, recipe: Recipe) -> Tensor:
@@ -45,27 +66,53 @@ def _saliency(weight: Tensor, aim: Tensor, statistics: InputStatistics, recipe: 
     return plain_saliency(weight, statistics)
 
 
-def start_layer(
-    layer: LayerPlan, weight: Tensor, bias: Tensor | None, statistics: InputStatistics, recipe: Recipe
-) -> tuple[LayerStart, int]:
-    """Make one layer's start from its dense `weight` `[out, in]`; also returns how many rows needed more damping.
+@dataclass(frozen=True)
+class DenseLayer:
+    """A layer as it was: its weight `[out, in]` in coordinates of W, and its bias `[out]` or None."""
 
-    Raises `PadstError` that names the layer when its calibration inputs are not finite.
+    weight: Tensor
+    bias: Tensor | None
+
+
+def start_layers(
+    layers: Sequence[LayerPlan], dense: Sequence[DenseLayer], statistics: InputStatistics, recipe: Recipe
+) -> list[tuple[LayerStart, int]]:
+    """The start of one layer, or of several that share their input permutation and read the same input.
+
+    Also gives for each how many of its rows needed more damping. Raises `PadstError` that names the layer when the
+    calibration inputs are not finite.
     """
-    weight = weight.detach().float()
-    final, escalated = None, 0
+    weights = [one.weight.detach().float() for one in dense]
     try:
         statistics.check_finite()
-        aim = statistics.aim(weight)
-        order = choose_order(_saliency(weight, aim, statistics, recipe), layer, recipe)
-        mask = from_structure(order.mask, order.perm_in, order.perm_out)
-        masked = torch.where(mask, weight, 0.0)
-        if recipe.calibration.refit and statistics.tokens:
-            result = refit(weight, mask, statistics.gram, aim, recipe.calibration.damping)
-            final, escalated = result.weight, result.escalated_rows
+        aims = [statistics.aim(weight) for weight in weights]
+        scores = [_saliency(weight, aim, statistics, recipe) for weight, aim in zip(weights, aims, strict=True)]
+        orders = choose_orders(scores, layers, recipe)
+        del scores
+        return [
+            _fill(layer, weight, one.bias, aim, order, statistics, recipe)
+            for layer, weight, one, aim, order in zip(layers, weights, dense, aims, orders, strict=True)
+        ]
     except PadstError as error:
-        raise PadstError(f"{layer.name}: {error}") from None
-    final = masked if final is None else final
+        raise PadstError(f"{layers[0].name}: {error}") from None
+
+
+def _fill(
+    layer: LayerPlan,
+    weight: Tensor,
+    bias: Tensor | None,
+    aim: Tensor,
+    order: SearchResult,
+    statistics: InputStatistics,
+    recipe: Recipe,
+) -> tuple[LayerStart, int]:
+    """The surviving weights of a layer whose permutations and support are known."""
+    mask = from_structure(order.mask, order.perm_in, order.perm_out)
+    masked = torch.where(mask, weight, 0.0)
+    final, escalated = masked, 0
+    if recipe.calibration.refit and statistics.tokens:
+        result = refit(weight, mask, statistics.gram, aim, recipe.calibration.damping)
+        final, escalated = result.weight, result.escalated_rows
     before, after = statistics.relative_errors(weight, aim, (masked, final))
     start = LayerStart(
         name=layer.name,

@@ -8,19 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from padst_cli.initialise.blocks import (
-    Call,
-    Group,
-    Inputs,
-    Stop,
-    Unit,
-    first_tensor,
-    pre_hook,
-    record_calls,
-    run_hooked,
-    run_model,
-    split_call,
-)
+from padst_cli.initialise.blocks import Call, Group, Unit, first_tensor, record_calls, split_call
+from padst_cli.tracing import Inputs, Stop, pre_hook, run_hooked, run_model
 
 
 @dataclass(frozen=True)

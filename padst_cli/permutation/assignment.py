@@ -64,6 +64,51 @@ class SearchResult:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Structures of layers that read the same inputs, one below the other: to `search` they are one structure."""
+
+    parts: tuple[Supporting, ...]
+    heights: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The parts' names."""
+        return "+".join(part.name for part in self.parts)
+
+    def project(self, score: Tensor) -> Tensor:
+        """The supports of all parts, bool `[sum of out, in]`."""
+        rows = score.split(self.heights)
+        return torch.cat([part.project(own) for part, own in zip(self.parts, rows, strict=True)])
+
+
+@dataclass(frozen=True)
+class StackedGroups(Stacked):
+    """Stacked structures that all keep `n` of every `m` consecutive inputs of a row."""
+
+    n: int
+    m: int
+
+
+def search_shared(scores: Sequence[Tensor], structures: Sequence[Supporting], rounds: int = 8, seed: int = 0) -> Tensor:
+    """The one input permutation, int32 `[in]`, under which several structures keep the most of their scores together.
+
+    Score i is `[out_i, in]`; each counts by the share of it that is kept, whatever its scale, so a layer with large
+    outputs does not decide alone. Structures that choose N of M must have the same N and M.
+    """
+    parts, heights = tuple(structures), tuple(score.shape[0] for score in scores)
+    together = Stacked(parts, heights)
+    first = parts[0]
+    if isinstance(first, PicksFromGroups):
+        assert all(isinstance(part, PicksFromGroups) and (part.n, part.m) == (first.n, first.m) for part in parts)
+        together = StackedGroups(parts, heights, first.n, first.m)
+    least = torch.finfo(torch.float32).tiny
+    stack = torch.cat([score.float() / float(score.sum(dtype=torch.float64).clamp_min(least)) for score in scores])
+    found = search(stack, together, ("input",), rounds, seed).perm_in
+    assert found is not None
+    return found
+
+
 def kept_share(score: Tensor, mask: Tensor) -> float:
     """The share of a score `[out, in]` that a mask over the same entries covers; 1 for a score of zeros."""
     total = float(score.sum(dtype=torch.float64))

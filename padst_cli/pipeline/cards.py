@@ -22,17 +22,23 @@ def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe
     write_atomically(folder / CARD, model_card(_card_data(source, results, recipe_yaml, "training", None)))
 
 
-def write_export_card(trained: Source, folder: Path, exported: dict[str, Any], form: str) -> None:
-    """The card of an export, with recipe and figures of the run beside it so that the export can be traced back.
-
-    Raises `PadstError` where the trained folder lacks the figures.
-    """
+def run_results(trained: Source) -> dict[str, Any]:
+    """The figures that `sparsify` left in a folder; raises `PadstError` where they or the recipe are gone."""
     for name in (RECIPE, RESULTS):
         if not (trained.folder / name).is_file():
             raise PadstError(
                 f"'{trained.name}' lacks {name}, which `padst sparsify` writes; export the folder that it wrote"
             )
-    results = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
+    return results
+
+
+def write_export_card(trained: Source, folder: Path, exported: dict[str, Any], form: str) -> None:
+    """The card of an export, with recipe and figures of the run beside it so that the export can be traced back.
+
+    Raises `PadstError` as `run_results` does.
+    """
+    results = run_results(trained)
     recipe_yaml = (trained.folder / RECIPE).read_text(encoding="utf-8")
     for name in (RECIPE, RESULTS):
         shutil.copyfile(trained.folder / name, folder / name)

@@ -17,7 +17,7 @@ from padst_cli.data.corpus import TextCorpus, load_corpus
 from padst_cli.data.items import ImageItems, TokenWindows, collate
 from padst_cli.errors import CheckFailed, PadstError, nearest
 from padst_cli.events import OnEvent, PhaseStarted, ignore
-from padst_cli.pipeline.cards import write_export_card
+from padst_cli.pipeline.cards import run_results, write_export_card
 from padst_cli.pipeline.planning import checkpoint_dtype
 from padst_cli.recipe import load_recipe
 from padst_cli.runtime.load import load
@@ -36,9 +36,9 @@ FLOAT32_TOLERANCE = 1e-3
 class ExportResult:
     """What `padst export` reports; fields are its JSON keys.
 
-    `dense_bytes` is the whole dense model in the dtype of what is not packed, `packed_bytes` what the files of weights
-    hold. `max_abs_logit_error` compares the written folder, opened anew, with DIR computed densely, on real input
-    (`checked_on`).
+    `dense_bytes` is the whole dense model that the run began with (tied weights once) in the dtype of what is not
+    packed, `packed_bytes` what the files of weights hold. `max_abs_logit_error` compares the written folder, opened
+    anew, with DIR computed densely, on real input (`checked_on`).
     """
 
     output: str
@@ -79,6 +79,8 @@ def export(
         raise PadstError(f"--output '{output}' is the folder to export from; name another")
     if source.padst is None:
         raise PadstError(f"'{folder}' is not a folder that `padst sparsify` wrote; export starts from one")
+    # Of the model that the run began with: one whose head was untied has an embedding more by now.
+    dense_parameters = run_results(source)["dense_bytes"] // torch.float32.itemsize
     on_event(PhaseStarted("read the trained model"))
     trained = load(str(folder), device=device)
     batch, checked_on = _real_input(source, trained.processor, data, trained.device)
@@ -88,7 +90,7 @@ def export(
     with atomic_folder(output, overwrite=overwrite) as temporary:
         write_model(model, temporary, max_shard_size=max_shard_size)
         copy_processor_files(source.folder, temporary)
-        result = _verify(temporary, output, reference, batch, checked_on, form, value_dtype, device)
+        result = _verify(temporary, output, reference, batch, checked_on, form, value_dtype, device, dense_parameters)
         write_export_card(source, temporary, asdict(result), form)
         files = sorted(file.name for file in temporary.iterdir())
     return replace(result, files=files)
@@ -147,6 +149,7 @@ def _verify(
     form: str,
     value_dtype: str,
     device: str,
+    dense_parameters: int,
 ) -> ExportResult:
     opened = load(str(written), device=device)
     error = float((_outputs(opened.model, batch) - _outputs(reference, batch)).abs().max())
@@ -163,7 +166,7 @@ def _verify(
         format=form,
         value_dtype=value_dtype if form == "packed" else str(dtype).removeprefix("torch."),
         files=sorted(file.name for file in written.iterdir()),
-        dense_bytes=sum(parameter.numel() for parameter in reference.parameters()) * dtype.itemsize,
+        dense_bytes=dense_parameters * dtype.itemsize,
         packed_bytes=sum(file.stat().st_size for file in weights),
         max_abs_logit_error=error,
         checked_on=checked_on,

@@ -84,6 +84,7 @@ def _report(
             name=layer.name,
             structure=layer.structure,
             sides=layer.sides,
+            shared_with=None if layer.leads else layer.shared[0],
             error_mask=starts[layer.name].error_mask,
             error=starts[layer.name].error,
             kept=starts[layer.name].kept,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from padst_cli.recipe import Recipe
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What `padst plan` shows; fields are its JSON keys. Bytes: the whole model in the checkpoint's dtype."""
+    """What `padst plan` shows; fields are its JSON keys. Bytes: the whole model in the checkpoint's dtype.
+
+    Where the recipe's `allocation` asks the data ("owl", "error"), densities are uniform here: the run decides them.
+    """
 
     layers: list[dict[str, Any]]
     sparsity_requested: float
@@ -27,6 +31,7 @@ class PlanResult:
     run_bytes: int
     steps: int
     skipped: list[dict[str, str]]
+    allocation: str
 
 
 def plan(model: str, recipe: Recipe) -> PlanResult:
@@ -38,11 +43,13 @@ def plan(model: str, recipe: Recipe) -> PlanResult:
     return describe_plan(plan_for(source, recipe), recipe, checkpoint_dtype(source))
 
 
-def plan_for(source: Source, recipe: Recipe) -> Plan:
-    """The plan for an opened checkpoint; raises `PadstError` when it is sparse already."""
+def plan_for(source: Source, recipe: Recipe, densities: Mapping[str, float] | None = None) -> Plan:
+    """The plan for an opened checkpoint, with `densities` where the data gave them; raises `PadstError` when it is
+    sparse already.
+    """
     if source.padst is not None:
         raise PadstError(f"'{source.name}' is a sparse model that padst wrote; start from the dense checkpoint instead")
-    return make_plan(skeleton(source), recipe)
+    return make_plan(skeleton(source), recipe, densities)
 
 
 def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
@@ -57,7 +64,9 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
             "sides": list(layer.sides),
             "density": layer.structure.density,
             "packed_bytes": layer.packed_bytes(dtype),
-            "note": layer.structure.note,
+            "untied": layer.untied,
+            "shared_with": [name for name in layer.shared if name != layer.name],
+            "note": layer.note,
         }
         for layer in made.layers
     ]
@@ -71,6 +80,7 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
         run_bytes=made.run_bytes(recipe.permutation.kind == "learned", recipe.training.distill),
         steps=recipe.training.steps,
         skipped=[{"name": skip.name, "reason": skip.reason} for skip in made.skipped],
+        allocation=recipe.allocation,
     )
 
 

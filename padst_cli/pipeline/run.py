@@ -7,13 +7,13 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from padst_cli.checkpoint.reader import load_dense
@@ -21,16 +21,18 @@ from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.evaluation import EvalResult, evaluate_model
 from padst_cli.events import Evaluated, Event, OnEvent, PhaseStarted, ignore
-from padst_cli.initialise import LayerStart, initialise
+from padst_cli.initialise import LayerStart, allocate, initialise
 from padst_cli.permutation.apply import from_structure
 from padst_cli.pipeline.finish import environment, finish_run
 from padst_cli.pipeline.job import Job, open_job
-from padst_cli.recipe import FILLED_IN, Recipe, dotted, load_recipe
+from padst_cli.pipeline.planning import plan_for
+from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, dotted, load_recipe
 from padst_cli.training.objective import Objective, build_objective
 from padst_cli.training.result import TrainResult
 from padst_cli.training.sparse_linear import sparsify_modules
 from padst_cli.training.state import StateStore
 from padst_cli.training.trainer import make_accelerator, train
+from padst_cli.tying import untie
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ class _Run:
     def execute(self, teacher: nn.Module) -> SparsifyResult:
         set_seed(self.recipe.seed)
         dense = self._measured("dense", teacher, None)
+        self._allocate(teacher)
         student = copy.deepcopy(teacher)
+        if self.job.plan.unties:
+            untie(student)
         starts = self._start(teacher, student)
         initial = self._measured("initial", student, teacher)
         sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)
@@ -161,6 +166,19 @@ class _Run:
         return result
 
     # -- phases ------------------------------------------------------------------------------------------------
+
+    def _allocate(self, teacher: nn.Module) -> None:
+        """Make the plan anew with densities that follow the data, where the recipe asks for that."""
+        if self.recipe.allocation not in DATA_ALLOCATIONS:
+            return
+        if "densities" not in self.progress:
+            self.event(PhaseStarted("allocate"))
+            batches = self.job.calibration_batches(self.accelerator.device)
+            # Sums may differ in the last bit between processes; all must have one plan.
+            found = [allocate(teacher, self.job.plan, batches, self.recipe, self.event)]
+            self.progress["densities"] = broadcast_object_list(found)[0]
+            self._save_progress()
+        self.job = replace(self.job, plan=plan_for(self.job.source, self.recipe, self.progress["densities"]))
 
     def _start(self, teacher: nn.Module, student: nn.Module) -> dict[str, LayerStart]:
         path = self.folder.state / "start.pt"
@@ -261,6 +279,7 @@ class _Run:
         trained: TrainResult,
     ) -> SparsifyResult:
         plan = self.job.plan
+        sharing = sum(bool(layer.shared) for layer in plan.layers)
         return SparsifyResult(
             output=str(self.folder.path),
             task=self.job.source.task,
@@ -280,7 +299,7 @@ class _Run:
                 "final": final.value,
             },
             kl_to_dense=final.kl_to_dense,
-            permutations=dict(trained.permutations),
+            permutations=trained.permutations | ({"sharing_layers": sharing} if sharing else {}),
             dense_bytes=plan.dense_bytes(torch.float32),
             packed_bytes=plan.packed_bytes(torch.float32, torch.float32),
             train_data=self.job.train_corpus.name,

@@ -34,7 +34,7 @@ class LayerRow:
     """One sparse layer of the run: its structure, the sides that are permuted, and the errors of its start.
 
     `error_mask` and `error` are relative output errors before and after the refit (NaN or None where not measured),
-    `kept` the share of the saliency on the support.
+    `kept` the share of the saliency on the support. `shared_with` is the layer whose input permutation it has.
     """
 
     name: str
@@ -43,6 +43,7 @@ class LayerRow:
     error_mask: float | None = None
     error: float | None = None
     kept: float | None = None
+    shared_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _layers(data: ReportData, curves: History) -> list[dict[str, str]]:
                 "kept": _cell(row.kept),
                 "error_mask": _cell(row.error_mask),
                 "error": _cell(row.error),
-                "sides": " and ".join(row.sides) or "–",
+                "sides": (" and ".join(row.sides) or "–") + (f", as {row.shared_with}" if row.shared_with else ""),
                 "moved": f"{sum(hardening.moved for hardening in done):,}" if done else "–",
                 "hardened": ", ".join(f"{hardening.step} ({hardening.cause})" for hardening in done) or "–",
             }

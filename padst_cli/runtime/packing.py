@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from padst_cli.checkpoint.format import Form
 from padst_cli.checkpoint.writer import write_model
 from padst_cli.errors import PadstError
-from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.quantizer import attach, packed_layers
+from padst_cli.targets import linear_shape
 
 
 def install(model: Any, layers: Mapping[str, PackedLinear], form: Form) -> Any:

@@ -26,9 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from padst_cli.checkpoint.format import QUANT_METHOD, LayerFormat, PadstFormat, value_dtype_name
 from padst_cli.errors import PadstError
-from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.verify import StoredTensor, read_headers, verify_finite, verify_layers
+from padst_cli.targets import linear_shape
 
 
 class PadstConfig(QuantizationConfigMixin):
@@ -88,9 +88,13 @@ class PadstQuantizer(HfQuantizer):
         del kwargs
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise PadstError("a padst model loads from its own safetensors files only, not from a state dict or pickle")
-        header: PadstFormat = self.quantization_config.header
-        self.quantization_config.header = swap_layers(model, header)
-        check_files(_as_saved(model, header), header, [Path(file) for file in checkpoint_files])
+        stored: PadstFormat = self.quantization_config.header
+        whole = _as_saved(model)
+        header = swap_layers(whole, stored)
+        check_files(whole, header, [Path(file) for file in checkpoint_files])
+        # A class without the head leaves a sparse head in the file, as transformers does with a dense one.
+        opened = header if whole is model else swap_layers(model, stored, leave_out_absent=True)
+        self.quantization_config.header = opened
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -150,26 +154,31 @@ def attach(model: Any, form: Any) -> None:
     model.quantization_method = QUANT_METHOD
 
 
-def swap_layers(model: Any, header: PadstFormat) -> PadstFormat:
-    """Replace the layers that the header lists by empty `PackedLinear`s on the meta device; returns the header by the
-    model's names.
+def swap_layers(model: Any, header: PadstFormat, *, leave_out_absent: bool = False) -> PadstFormat:
+    """Replace the layers that the header lists by empty `PackedLinear`s on the meta device; returns the header of those
+    replaced, by the model's names.
 
     A model opened without (or with) its head names its layers without (or with) the base model's prefix. Raises
-    `PadstError` where a layer is absent or is not the linear layer that the header says.
+    `PadstError` where a layer is absent (all of them, with `leave_out_absent`) or is not the linear layer that the
+    header says.
     """
     modules = dict(model.named_modules())
     renamed: dict[str, LayerFormat] = {}
     for name, layer in header.layers.items():
         own_name = _own_name(name, modules, getattr(model, "base_model_prefix", ""))
-        dense = modules[own_name] if own_name else None
-        if own_name is None or dense is None:
+        if own_name is None:
+            if leave_out_absent:
+                continue
             raise PadstError(f"the file lists the sparse layer '{name}', which {type(model).__name__} does not have")
+        dense = modules[own_name]
         expected = (layer.structure.out_features, layer.structure.in_features, layer.transposed)
         if linear_shape(dense) != expected or (dense.bias is not None) != layer.bias:
             raise PadstError(f"the file's sparse layer '{name}' does not fit the model's layer {dense}")
         packed = PackedLinear(layer, header.torch_value_dtype, dtype=dense.weight.dtype, device="meta")
         model.set_submodule(own_name, packed)
         renamed[own_name] = layer
+    if not renamed:
+        raise PadstError(f"{type(model).__name__} has none of the sparse layers that the file lists")
     in_model_order = {name: renamed[name] for name in modules if name in renamed}
     return dataclasses.replace(header, layers=in_model_order)
 
@@ -195,7 +204,7 @@ def check_files(whole: Any, header: PadstFormat, files: list[Path]) -> dict[str,
     return stored
 
 
-def _as_saved(model: Any, header: PadstFormat) -> Any:
+def _as_saved(model: Any) -> Any:
     """The skeleton of the architecture that was saved: `model` itself, or one on meta where another class is opened.
 
     Another class may bring tensors of its own, a head for one, which transformers initialises with a warning; what
@@ -207,9 +216,7 @@ def _as_saved(model: Any, header: PadstFormat) -> Any:
     if names[0] == type(model).__name__ or not hasattr(transformers, names[0]):
         return model
     with torch.device("meta"):
-        whole = getattr(transformers, names[0])(copy.deepcopy(model.config))
-    swap_layers(whole, header)
-    return whole
+        return getattr(transformers, names[0])(copy.deepcopy(model.config))
 
 
 def _renamer(model: Any) -> Any:

@@ -37,7 +37,10 @@ class HardenedRecord:
 
 class Hardener:
     """The soft permutations of a model by label (the layer's name, with its side where both are soft) and their
-    schedule."""
+    schedule.
+
+    One that several layers share is there once, under the name of the first of them.
+    """
 
     def __init__(self, layers: Mapping[str, SparseLinear], recipe: Recipe) -> None:
         self.recipe = recipe.permutation
@@ -46,7 +49,7 @@ class Hardener:
         for name, layer in layers.items():
             sides = list(layer.permutations())
             for side, perm in sides:
-                if perm.is_soft:
+                if perm.is_soft and all(perm is not other for other in self.soft.values()):
                     self.soft[name if len(sides) == 1 else f"{name}:{side}"] = perm
 
     def penalty_weight(self, done: int) -> float:

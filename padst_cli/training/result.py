@@ -26,6 +26,7 @@ class TrainResult:
 
     `loss` is that of the last step; `support_moved` counts newly grown entries over all updates; `permutations` has the
     keys learned, hardened_by_penalty, hardened_at_deadline (all layers) and moved_from_start (entries of all of them).
+    A permutation that several layers share counts once, and so do its entries.
     """
 
     steps: int

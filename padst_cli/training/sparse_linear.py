@@ -237,9 +237,11 @@ def sparsify_modules(
     """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
 
     With permutations of kind "learned" the planned sides begin soft around the start's permutation (the identity where
-    it has none); otherwise the start's permutations are taken as they are. DynaDiag ranks inactive diagonals by the
+    it has none); otherwise the start's permutations are taken as they are. Layers that share their input permutation
+    hold the same module. DynaDiag ranks inactive diagonals by the
     dense weights of `teacher`, which it needs.
     """
+    shared: dict[str, Permutation] = {}
     for planned in plan.layers:
         start = starts[planned.name]
         old = student.get_submodule(planned.name)
@@ -260,6 +262,8 @@ def sparsify_modules(
                 perms[side] = Permutation(index, mixing=recipe.permutation.mixing, dtype=dtype)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
+        if planned.shared and perms["input"] is not None:
+            perms["input"] = shared.setdefault(planned.shared[0], perms["input"])
         new = SparseLinear(
             start.structure,
             weight.to(dtype),

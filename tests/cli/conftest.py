@@ -86,6 +86,18 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
+    """Two tiny Llamas, one with its head tied to the embedding, one with a head of its own."""
+    made = {}
+    for name, tied in (("tied", True), ("untied", False)):
+        made[name] = tmp_path_factory.mktemp("llamas") / name
+        sizes = {"hidden_size": 64, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+        models.build("llama", tie_word_embeddings=tied, **sizes).save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
 @dataclass(frozen=True)
 class Padst:
     """The command line in this process."""

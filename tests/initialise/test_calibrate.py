@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message
 from padst_cli.initialise import calibrate, initialise
-from padst_cli.initialise.blocks import Unit, run_model
+from padst_cli.initialise.blocks import Unit
 from padst_cli.permutation.apply import check_permutation, from_structure, to_structure
 from padst_cli.plan import make_plan
 from padst_cli.recipe import Recipe
+from padst_cli.tracing import run_model
+from padst_cli.tying import untie
 
 BASE = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "assignment"})
 NAMES = ["gpt2", "llama", "qwen3", "gpt-neox", "opt", "bert", "albert", "t5", "vit", "swin"]
@@ -40,13 +43,13 @@ def texts(result) -> list[str]:
 def spied(monkeypatch: pytest.MonkeyPatch):
     """The statistics each layer was started from, by layer name."""
     seen = {}
-    original = calibrate.start_layer
+    original = calibrate.start_layers
 
-    def spy(layer, weight, bias, statistics, recipe):
-        seen[layer.name] = statistics
-        return original(layer, weight, bias, statistics, recipe)
+    def spy(layers, dense, statistics, recipe):
+        seen.update((layer.name, statistics) for layer in layers)
+        return original(layers, dense, statistics, recipe)
 
-    monkeypatch.setattr(calibrate, "start_layer", spy)
+    monkeypatch.setattr(calibrate, "start_layers", spy)
     return seen
 
 
@@ -242,3 +245,74 @@ def test_inputs_that_are_not_finite_are_refused_with_the_layer(make_model, make_
     model.transformer.h[1].ln_1.weight.data.fill_(float("nan"))
     with pytest.raises(PadstError, match=r"transformer\.h\.1\.attn\.c_attn: .*NaN"):
         run(model, make_batches("gpt2"), structure="unstructured")
+
+
+@pytest.mark.parametrize("kind", ["learned", "random"])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_layers_that_read_one_input_share_its_order(
+    name: str, structure: str, kind: str, make_model, make_batches
+) -> None:
+    changes = {"structure": structure, "permutation__kind": kind, "permutation__share": True}
+    result = run(make_model(name), make_batches(name), **changes)
+    groups = {layer.shared for layer in result.plan.layers if layer.shared}
+    assert groups
+    for group in groups:
+        first, *others = (result.starts[layer] for layer in group)
+        assert not torch.equal(first.perm_in, torch.arange(len(first.perm_in)).int())
+        for other in others:
+            assert torch.equal(other.perm_in, first.perm_in)
+            assert other.perm_out is None
+        # Four blocks of which two are kept may well be the same two.
+        assert structure == "block" or any(not torch.equal(other.mask, first.mask) for other in others)
+    for layer in result.plan.layers:
+        start = result.starts[layer.name]
+        assert torch.equal(dense(result, layer.name), from_structure(start.weight, start.perm_in, start.perm_out))
+        assert start.error <= start.error_mask + 1e-6
+
+
+def test_sharing_costs_little_of_what_each_layer_keeps(make_model, make_batches) -> None:
+    own = run(make_model("llama"), make_batches("llama"), structure="block", permutation__side="input")
+    together = run(make_model("llama"), make_batches("llama"), structure="block", permutation__share=True)
+    none = run(make_model("llama"), make_batches("llama"), structure="block", permutation__kind="none")
+    kept = [
+        sum(result.starts[layer.name].kept for layer in together.plan.layers if layer.shared)
+        for result in (own, together, none)
+    ]
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_both_sides_of_layers_that_share(make_model, make_batches) -> None:
+    result = run(make_model("llama"), make_batches("llama"), permutation__share=True, permutation__side="both")
+    for layer in result.plan.layers:
+        start = result.starts[layer.name]
+        check_permutation(start.perm_out, layer.out_features, "output")
+        assert torch.equal(start.perm_in, result.starts[(layer.shared or (layer.name,))[0]].perm_in)
+
+
+def test_layers_that_were_planned_to_share_but_read_apart_are_refused(make_model, make_batches) -> None:
+    model, batches = make_model("llama"), make_batches("llama")
+    plan = make_plan(model, BASE)
+    pair = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj")
+    layers = tuple(replace(layer, shared=pair) if layer.name in pair else layer for layer in plan.layers)
+    with pytest.raises(PadstError, match=r"q_proj and .*o_proj were planned to share"):
+        initialise(model, copy.deepcopy(model), replace(plan, layers=layers), batches, BASE, [].append)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_head_reads_the_final_norm_of_the_sparse_model(name: str, make_model, make_batches, spied) -> None:
+    model, batches = make_model(name), make_batches(name)
+    recipe = BASE.updated({"targets": ("default", "lm_head"), "sparsity": 0.5})
+    plan, student = make_plan(model, recipe), copy.deepcopy(model)
+    if plan.unties:
+        with pytest.raises(ValueError, match="untie the student"):
+            initialise(model, student, plan, batches, recipe, [].append)
+        untie(student)
+    embedding = student.get_input_embeddings().weight.detach().clone()
+    starts = initialise(model, student, plan, batches, recipe, [].append)
+    assert torch.equal(student.get_input_embeddings().weight, embedding)
+    start = starts["lm_head"]
+    assert torch.equal(student.lm_head.weight, from_structure(start.weight, start.perm_in, start.perm_out))
+    assert start.error < start.error_mask
+    gram = sum(x.T @ x for x in (inputs_of(student, "lm_head", batch) for batch in batches))
+    torch.testing.assert_close(spied["lm_head"].gram, gram, rtol=1e-4, atol=1e-3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from padst_cli.permutation import assignment
 from padst_cli.permutation.apply import check_permutation, from_structure, random_permutation, to_structure
-from padst_cli.permutation.assignment import exchange_between_groups, kept_share, search
+from padst_cli.permutation.assignment import exchange_between_groups, kept_share, search, search_shared
 from padst_cli.structures import Structure, StructureOptions, structure_class
 
 SHAPES = [(48, 32), (32, 48), (40, 40)]
@@ -151,3 +151,34 @@ def test_a_score_of_zeros_keeps_all_of_nothing() -> None:
     result = search(torch.zeros(32, 32), fitted("diag", 32, 32, 0.25), ("input",))
     assert result.kept == 1.0
     assert result.perm_in.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("name", ["block", "nm"])
+def test_one_permutation_serves_layers_that_share(name: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    structures = [fitted(name, out, 64, 0.25) for out in (64, 32, 96)]
+    perm = random_permutation(64, generator)
+    planted_scores = [
+        from_structure(
+            torch.rand(s.out_features, 64, generator=generator) * s.project(torch.rand(s.out_features, 64)), perm, None
+        )
+        for s in structures
+    ]
+    found = search_shared(planted_scores, structures, rounds=20)
+    check_permutation(found, 64, "found")
+
+    def kept(order: Tensor) -> float:
+        ordered = [to_structure(score, order, None) for score in planted_scores]
+        return sum(kept_share(one, s.project(one)) for one, s in zip(ordered, structures, strict=True)) / 3
+
+    assert kept(found) > kept(torch.arange(64).int()) + 0.02
+
+
+def test_a_loud_layer_does_not_decide_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    structures = [fitted("diag", 48, 32, 0.25), fitted("diag", 64, 32, 0.25)]
+    scores = [torch.rand(s.out_features, 32, generator=generator) ** 4 for s in structures]
+    found = search_shared(scores, structures, rounds=8)
+    assert torch.equal(found, search_shared([1e6 * scores[0], scores[1]], structures, rounds=8))
+    assert not torch.equal(found, search_shared(scores[:1], structures[:1], rounds=8))
+    assert torch.equal(search_shared([torch.zeros(48, 32)], structures[:1]), torch.arange(32).int())

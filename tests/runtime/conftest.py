@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from padst_cli.permutation.apply import random_permutation
-from padst_cli.plan import linear_shape
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
 from padst_cli.structures import StructureOptions, structure_class
+from padst_cli.targets import linear_shape
 from tests import models
 
 VOCAB = 64

@@ -1,0 +1,90 @@
+"""The plan: heads that are untied, permutations that are shared, and what both cost."""
+
+import pytest
+import torch
+
+from padst_cli.errors import PadstError
+from padst_cli.plan import make_plan
+from padst_cli.recipe import Recipe
+from padst_cli.tying import untie
+from tests import models
+
+SHARED = {"permutation.share": True}
+
+
+def plan_of(family, changes=None, **sizes):
+    with torch.device("meta"):
+        model = models.build(family, **sizes)
+    return make_plan(model, Recipe(structure="diag", sparsity=0.5).updated(changes or {}))
+
+
+def by_ending(plan, ending):
+    return next(layer for layer in plan.layers if layer.name.endswith(ending))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("gpt2", {}), ("bert-mlm", {}), ("llama", {"tie_word_embeddings": True})]
+)
+def test_parameters_of_an_untied_model(family, sizes):
+    head = "decoder" if family == "bert-mlm" else "lm_head"
+    model = models.build(family, **sizes)
+    recipe = Recipe(structure="diag", sparsity=0.5, targets=("default", head))
+    plan, plain = make_plan(model, recipe), make_plan(model, recipe.updated({"targets": ()}))
+    assert plan.unties
+    assert not plain.unties
+    assert plan.dense_bytes(torch.float32) == plain.dense_bytes(torch.float32)
+    untie(model)
+    entries = sum(layer.out_features * layer.in_features for layer in plan.layers)
+    assert plan.other_parameters + entries == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.run_bytes(soft=False, distill=False) > plain.run_bytes(soft=False, distill=False)
+
+
+def test_layers_that_share_take_the_input_side():
+    own, together = plan_of("llama"), plan_of("llama", SHARED)
+    # Grouped queries: 16 outputs of 32 inputs would be permuted on the outputs.
+    assert by_ending(own, "k_proj").sides == ("output",)
+    key = by_ending(together, "k_proj")
+    assert key.sides == ("input",)
+    assert "larger side" in key.note
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    assert key.shared == by_ending(together, "q_proj").shared == tuple(names)
+    assert [layer.name for layer in together.layers if layer.shared and layer.leads][:1] == names[:1]
+    assert by_ending(together, "o_proj").shared == ()
+    assert by_ending(together, "o_proj").note is None
+    assert by_ending(together, "up_proj").shared == tuple(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
+    assert not any(layer.shared for layer in own.layers)
+
+
+def test_the_first_in_model_order_leads():
+    # OPT makes key, value and query in that order and runs query, key, value.
+    shared = by_ending(plan_of("opt", SHARED), "q_proj").shared
+    assert [name.rpartition(".")[2] for name in shared] == ["k_proj", "v_proj", "q_proj"]
+
+
+def test_soft_matrices_count_once():
+    own = plan_of("llama", {"permutation.side": "input"})
+    together = plan_of("llama", {**SHARED, "permutation.side": "input"})
+    saved = own.run_bytes(True, False) - together.run_bytes(True, False)
+    assert saved == 2 * 3 * 16 * 32**2  # two blocks, three layers each, moments and gradient included
+    assert own.packed_bytes(torch.float32, torch.float32) == together.packed_bytes(torch.float32, torch.float32)
+
+
+def test_layers_of_unlike_groups_do_not_share(tmp_path):
+    table = tmp_path / "allocation.yaml"
+    table.write_text("k_proj: 0.8\n")
+    changes = {**SHARED, "structure": "nm", "allocation": str(table)}
+    plan = plan_of("llama", changes)
+    assert [name.rpartition(".")[2] for name in by_ending(plan, "q_proj").shared] == ["q_proj", "v_proj"]
+    assert by_ending(plan, "k_proj").shared == ()
+    assert len(by_ending(plan_of("llama", {**changes, "structure": "diag"}), "q_proj").shared) == 3
+
+
+@pytest.mark.parametrize("changes", [{"permutation.kind": "none"}, {"structure": "unstructured"}])
+def test_without_permutations_nothing_is_shared(changes):
+    assert not any(layer.shared for layer in plan_of("llama", {**SHARED, **changes}).layers)
+
+
+def test_output_side_cannot_be_shared():
+    with pytest.raises(PadstError, match="side 'output' permutes no inputs"):
+        plan_of("llama", {**SHARED, "permutation.side": "output"})
+    assert by_ending(plan_of("llama", {**SHARED, "permutation.side": "both"}), "k_proj").sides == ("input", "output")
