@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .cost import Work, resident_bound
+
 
 class Kernel(Protocol):
     """One way to compute a sparse layer, bound to one layout; it keeps what it prepares from the packed tensors."""
@@ -30,8 +32,9 @@ class Layout:
     """One layer's packed tensors with permutations and shape; valid as long as the tensors are unchanged.
 
     The layer is y = (S x[..., perm_in])[..., perm_out] + b with S `[out, in]` packed into `tensors` after `structure`
-    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in. `prepared` keeps the
-    kernels made for this layout.
+    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in, and `values_of` (if there is
+    one) the packed values of such a W and all other tensors of the layer by name. `prepared` keeps the kernels made
+    for this layout.
     """
 
     structure: str
@@ -43,4 +46,28 @@ class Layout:
     perm_in: Tensor | None
     perm_out: Tensor | None
     materialise: Callable[[], Tensor]
+    values_of: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     prepared: dict[str, Kernel] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Work:
+        """What the cost model knows of the layer."""
+        values = self.tensors["values"]
+        dtype = str(values.dtype).removeprefix("torch.")
+        return Work.of(self.structure, self.group, dtype, self.out_features, self.in_features, values.numel())
+
+    @property
+    def group(self) -> int:
+        """M of N:M, else 0."""
+        return int(self.parameters.get("m", 0))
+
+    def index_tensors(self) -> dict[str, Tensor]:
+        """Indices and permutations by name: everything but the values."""
+        perms = {"perm_in": self.perm_in, "perm_out": self.perm_out}
+        found = {**self.tensors, **{key: perm for key, perm in perms.items() if perm is not None}}
+        return {key: tensor for key, tensor in found.items() if key != "values"}
+
+    def resident_bound(self) -> float:
+        """The most bytes that the layer's weight may take in all its forms."""
+        nonzeros = self.density * self.out_features * self.in_features
+        return resident_bound(self.structure, self.group, nonzeros, self.tensors["values"].element_size())

@@ -31,6 +31,22 @@ class LayerHeader(ctypes.Structure):
     )
 
 
+class ImageHeader(ctypes.Structure):
+    """`struct padst_image` of padst.h."""
+
+    _fields_ = (
+        ("magic", ctypes.c_uint32),
+        ("version", ctypes.c_uint32),
+        ("structure", ctypes.c_int32),
+        ("value_type", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("bytes", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("inv_in", "perm_out", "values", "indices", "starts")),
+        ("parameter", ctypes.c_int32 * 8),
+    )
+
+
 _HEADER = ctypes.POINTER(LayerHeader)
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_pack_diag": (_LONG, (_HEADER, _INT, _POINTER, _POINTER, _POINTER)),
@@ -39,6 +55,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "padst_unpack_permutations": (None, (_POINTER, _POINTER, _POINTER)),
     "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),
+    "padst_dense": (_INT, (_POINTER, _POINTER, _INT, _INT)),
     "padst_isa": (_INT, ()),
     "padst_use_isa": (_INT, (_INT,)),
     "padst_set_team": (None, (_POINTER,)),
@@ -83,3 +100,9 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     return open_library(path)
+
+
+def isa_name() -> str:
+    """The instruction set that the kernels run on, `none` without the library."""
+    lib = library()
+    return "none" if lib is None else ISAS[lib.padst_isa()]

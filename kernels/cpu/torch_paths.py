@@ -6,6 +6,7 @@ to x.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,54 @@ class DenseMatmul:
         with _outside_inference_mode():
             self._weight = self._materialise().to(dtype)
         return self._weight
+
+
+class DenseInPlace:
+    """y = W x + b with W `[out, in]` dense and the permutations folded in, *instead of* the packed values, which come
+    back bit for bit from W and the indices.
+
+    For the densest layers, where a dense weight takes no more memory than a packed one may and is the faster.
+    """
+
+    name = "torch-dense"
+
+    def __init__(self, layout: Layout) -> None:
+        if layout.values_of is None:
+            raise ValueError("this layout cannot give its values back from a dense weight")
+        self.weight = layout.materialise().contiguous()
+        self._indices = layout.index_tensors()
+        self._values_of = layout.values_of
+
+    @staticmethod
+    def fits(layout: Layout) -> bool:
+        """Whether the dense weight beside the indices stays within the layer's memory bound."""
+        size = layout.out_features * layout.in_features * layout.tensors["values"].element_size()
+        return size + _bytes(*layout.index_tensors().values()) <= layout.resident_bound()
+
+    def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor] | None = None) -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of x; gradients reach x and the bias."""
+        del materialise  # which kernels that have no dense weight take their gradients from
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
+        for key, tensor in self._indices.items():
+            tensors[key].copy_(tensor)
+        tensors["values"].copy_(self._values_of(self.weight, tensors))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A copy of W `[out, in]`."""
+        return self.weight.to(dtype, copy=True)
+
+    def name_at(self, tokens: int, dtype: torch.dtype) -> str:
+        """The name of what computes any number of rows of any dtype."""
+        del tokens, dtype
+        return self.name
+
+    def resident_bytes(self) -> int:
+        """Bytes of the dense weight and the indices."""
+        return _bytes(self.weight, *self._indices.values())
 
 
 @dataclass(frozen=True)

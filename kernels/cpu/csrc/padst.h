@@ -67,6 +67,9 @@ void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *per
  * type `type`. */
 int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads);
 
+/* W [out, in] = S[perm_out][:, inverse of perm_in], row-major and of type `type`: what a dense product needs. */
+int padst_dense(const void *image, void *weight, int type, int threads);
+
 /* Which instruction set serves padst_forward, and choosing one (PADST_NOT_BUILT where compiler or machine lack it). */
 int padst_isa(void);
 int padst_use_isa(int isa);
