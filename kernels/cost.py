@@ -22,6 +22,9 @@ NEVER = sys.maxsize
 WORTH = 0.97
 """Leave the compiled kernel only where the other way is predicted to take this share of its time or less."""
 
+FEW = 8
+"""Up to so many tokens the compiled kernel runs in any case: writing a weight takes longer than reading it."""
+
 _QUARTERS = 4
 _LONGEST = 8 * TOKENS[-1]
 
@@ -108,7 +111,7 @@ class Costs:
         """The token count from which on unpacking pays, `NEVER` where it does not."""
         first = NEVER
         for tokens in reversed(_steps()):
-            if self.transient_seconds(work, tokens, dtype) > WORTH * self.kernel_seconds(work, tokens):
+            if tokens <= FEW or self.transient_seconds(work, tokens, dtype) > WORTH * self.kernel_seconds(work, tokens):
                 break
             first = tokens
         return first
@@ -144,8 +147,9 @@ def index_bits(m: int) -> int:
 
 
 def resident_bound(structure: str, m: int, nonzeros: float, value_bytes: int) -> float:
-    """The most bytes that a layer's weight may take in all its forms: its nonzeros and 15 % for indices and permutations;
-    of N:M 3 % and an index for each.
+    """The most bytes that a layer's weight may take in all its forms.
+
+    Its nonzeros and 15 % for indices and permutations; of N:M 3 % and an index for each.
     """
     share = 1.03 + index_bits(m) / (8 * value_bytes) if structure == "nm" else 1.15
     return share * nonzeros * value_bytes

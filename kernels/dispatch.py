@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: by structure, density, device and number of tokens, as the costs of the machine say."""
+"""Which kernel computes a layer, by structure, density, device and tokens, as the costs of the machine say."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One thread a test process: small tensors gain nothing from more, and spinning threads starve each other.
 
-The costs of the machine are made up, in this process and (through a cache folder of the session's own, which one of them
-fills) measured at most once by the processes that tests start.
+The costs of the machine are made up in this process; the processes that tests start measure them at most once, for
+they share a cache folder of the session's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def machine_costs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Non
     from tests.costs import SPARSE_ONLY
 
     def use(costs: object) -> None:
-        monkeypatch.setattr(machine, "costs", lambda threads: costs)
+        monkeypatch.setattr(machine, "costs", lambda _: costs)
         transient.limits.cache_clear()
 
     use(SPARSE_ONLY)

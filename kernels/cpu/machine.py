@@ -1,8 +1,9 @@
 """The costs of this machine, measured once and kept in the user's cache folder.
 
-`$XDG_CACHE_HOME/padst` (by default `~/.cache/padst`) has one file for every machine, number of threads, version of torch
-and build of the compiled kernels. It is measured the first time a packed layer runs where there is none, which takes
-about three seconds and is said in the log; a file that cannot be read is measured anew. Nothing happens at import.
+`$XDG_CACHE_HOME/padst` (by default `~/.cache/padst`) has one file for every processor, instruction set, number of
+threads, version of torch and build of the compiled kernels. It is measured the first time a packed layer runs where
+there is none, which takes about three seconds and is said in the log; a file that cannot be read is measured anew.
+Nothing happens at import.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost import FEW
 from ..layout import Layout
 from . import transient
 from .library import TYPES, LayerHeader, isa_name, library
@@ -51,6 +52,7 @@ class NativeKernel:
         self.out_features, self.in_features = layout.out_features, layout.in_features
         self.image = _pack(layout)
         self._address = self.image.data_ptr()
+        self._few = FEW * self.in_features
         self._limits = transient.limits(transient.work_of(self._address))
         self._forward = _library().padst_forward
 
@@ -64,7 +66,7 @@ class NativeKernel:
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same without a record for gradients."""
         threads = torch.get_num_threads()
-        if x.numel() >= self._limits[threads, x.dtype]:
+        if x.numel() > self._few and x.numel() >= self._limits[threads, x.dtype]:
             return transient.linear(self._address, x, bias, self.out_features, threads)
         return _call(self._forward, self._address, x, bias, self.out_features, threads)
 

@@ -23,7 +23,7 @@ _scratch = threading.local()
 
 
 class Limits(dict[tuple[int, torch.dtype], int]):
-    """(threads, dtype of x) -> entries of x from which on the transient product is the faster, computed when missing."""
+    """(threads, dtype of x) -> entries of x from which on the transient product wins, computed when missing."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ caches, as the layers of a model do; dense layers are `torch.nn.functional.linea
 called resident is counted from the tensors that are alive after the runs, kernels' prepared copies included.
 """
 
+from padst_cli.bench.chart import speedup_chart
 from padst_cli.bench.random_model import random_sparse
 from padst_cli.bench.result import BenchResult, FasterDense, LayerRow, ModelRates, Roofline
 from padst_cli.bench.run import DEFAULT_TOKENS, bench
@@ -19,4 +20,5 @@ __all__ = [
     "Roofline",
     "bench",
     "random_sparse",
+    "speedup_chart",
 ]

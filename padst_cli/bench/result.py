@@ -32,8 +32,8 @@ class LayerRow:
     included.
 
     `count` layers of the model are like it, `name` is the first. `dense_spread` and `sparse_spread` are interquartile
-    ranges over medians. `density` is the achieved one. `resident_bytes` are those of the weight after the runs in all its
-    forms, `resident_bound` the most it may take.
+    ranges over medians. `density` is the achieved one. `resident_bytes` are those of the weight after the runs in all
+    its forms, `resident_bound` the most it may take.
     """
 
     name: str
@@ -57,8 +57,9 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class FasterDense:
-    """Layers like `name` that a dense weight beside the packed one would make faster at these token counts; `extra_bytes`
-    is what it would take for all `count` of them.
+    """Layers like `name` that a dense weight beside the packed one would make faster at these token counts.
+
+    `extra_bytes` is what it would take for all `count` of them.
     """
 
     name: str
@@ -94,7 +95,8 @@ class BenchResult:
 
     `break_even_density`: token count -> density at which sparse layers take as long as dense ones, None where they do
     at every density tried; the whole field is None where it was not asked for. `scratch_bytes`: of the one dense weight
-    that all layers of a thread share where unpacking pays. `faster_dense`: layers that stay sparse for the memory's sake.
+    that all layers of a thread share where unpacking pays. `faster_dense`: layers that stay packed for the memory's
+    sake.
     """
 
     device: str

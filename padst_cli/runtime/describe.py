@@ -14,7 +14,7 @@ from padst_cli.checkpoint.format import LayerFormat, PadstFormat
 from padst_cli.checkpoint.reader import open_source, skeleton, weight_files
 from padst_cli.errors import PadstError
 from padst_cli.runtime.packed_linear import PackedLinear
-from padst_cli.runtime.quantizer import check_files, swap_layers
+from padst_cli.runtime.quantizer import check_files, packed_layers, swap_layers
 from padst_cli.runtime.verify import StoredTensor, read
 
 TOKENS = (1, 512)
@@ -77,8 +77,9 @@ def describe(model: str, *, device: str | torch.device = "cpu") -> Description:
     whole = skeleton(source)
     header = swap_layers(whole, source.padst)
     stored = check_files(whole, header, files)
+    modules = packed_layers(whole)
     layers = tuple(
-        _describe_layer(name, layer, header, stored, whole.get_submodule(name), torch.device(device))
+        _describe_layer(name, layer, header, stored, modules[name], torch.device(device))
         for name, layer in header.layers.items()
     )
     entries = sum(layer.out_features * layer.in_features for layer in layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from padst_kernels.cost import NEVER, TOKENS, Costs, Curve, Work, index_bits, resident_bound
+from padst_kernels.cost import FEW, NEVER, TOKENS, Costs, Curve, Work, index_bits, resident_bound
 
 from tests.costs import SPARSE_ONLY, costs, curve
 
@@ -37,12 +37,12 @@ def test_unpacking_pays_from_the_token_count_on_where_it_is_cheaper():
     assert 20 < first <= 24
     assert made.transient_seconds(WORK, first, "float32") < made.kernel_seconds(WORK, first)
     assert costs(kernel=2e-9, dense=1e-9, unpack=0.0).transient_from(WORK, "float32") == NEVER
-    assert costs(kernel=1e-6, dense=1e-9, unpack=0.0).transient_from(WORK, "float32") == 1
+    assert costs(kernel=1e-6, dense=1e-9, unpack=0.0).transient_from(WORK, "float32") == FEW + 2
     assert SPARSE_ONLY.transient_from(WORK, "float32") == NEVER
 
 
 def test_a_gain_at_few_tokens_alone_does_not_count():
-    kernel = Curve(0.0, (0.0,) * len(TOKENS), tuple(1.0 if tokens < 8 else 1e-12 for tokens in TOKENS))
+    kernel = Curve(0.0, (0.0,) * len(TOKENS), tuple(1.0 if tokens < 64 else 1e-12 for tokens in TOKENS))
     made = costs(kernel=1.0, dense=1e-9, unpack=0.0)
     odd = Costs({**made.kernels, "diag float32": kernel}, made.unpacks, made.dense)
     assert odd.transient_from(WORK, "float32") == NEVER

@@ -17,7 +17,7 @@ from tests.costs import SPARSE_ONLY, costs
 REAL_COSTS = machine.costs
 
 
-@pytest.fixture()
+@pytest.fixture
 def cache(monkeypatch, tmp_path):
     """An empty cache folder, and how often was measured with how many threads."""
     measured = []
@@ -84,9 +84,10 @@ def test_without_a_folder_to_write_to_all_goes_on(cache, monkeypatch, tmp_path, 
     assert "could not be kept" in caplog.text
 
 
-def test_recalibrating_replaces_what_is_kept(cache, monkeypatch):
+@pytest.mark.usefixtures("cache")
+def test_recalibrating_replaces_what_is_kept(monkeypatch):
     machine.costs(1)
-    monkeypatch.setattr(calibrate, "measure", lambda threads: SPARSE_ONLY)
+    monkeypatch.setattr(calibrate, "measure", lambda _: SPARSE_ONLY)
     assert machine.recalibrate(1) == SPARSE_ONLY
     assert machine.costs(1) == SPARSE_ONLY
     forget()
@@ -122,6 +123,8 @@ def test_a_measurement_is_complete_and_leaves_torch_as_it_was(monkeypatch):
     assert torch.get_num_threads() == before
     assert torch.equal(torch.random.get_rng_state(), state)
     assert Costs.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert set(found.kernels) == {f"{family} {dtype}" for family in calibrate.SIZES for dtype in ("float32", "bfloat16")}
+    assert set(found.kernels) == {
+        f"{family} {dtype}" for family in calibrate.SIZES for dtype in ("float32", "bfloat16")
+    }
     assert set(found.dense) == {str(dtype).removeprefix("torch.") for dtype in TYPES}
     assert all(len(curve.rates) == len(TOKENS) for curve in (*found.kernels.values(), *found.dense.values()))

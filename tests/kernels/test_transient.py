@@ -80,13 +80,13 @@ def test_the_operator_and_gradients_take_the_same_path(make_case, machine_costs)
     machine_costs(DENSE_WINS)
     case = make_case("nm", 64, 48, 0.3, "io")
     kernel = NativeKernel(case.layout)
-    x, bias = torch.randn(7, 48, requires_grad=True), torch.randn(64)
-    assert kernel.name_at(7, torch.float32) == transient.NAME
+    x, bias = torch.randn(12, 48, requires_grad=True), torch.randn(64)
+    assert kernel.name_at(12, torch.float32) == transient.NAME
     y = kernel(x, bias, lambda: case.weight)
     assert torch.equal(y, transient.linear(kernel.image.data_ptr(), x.detach(), bias, 64, torch.get_num_threads()))
     assert torch.equal(sparse_linear(x.detach(), kernel.image, bias, 64), y)
     y.sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones(7, 64) @ case.weight)
+    torch.testing.assert_close(x.grad, torch.ones(12, 64) @ case.weight)
 
 
 def test_what_an_image_is_to_the_cost_model(make_case):

@@ -1,7 +1,7 @@
 /* padst_dense: an image as the dense W [out, in] = S[perm_out][:, inverse of perm_in], written anew at every call.
  *
  * Threads share bands of outputs that have their entries together: a chunk of diagonals, a panel of N:M, a block row. A
- * band is zeroed, then filled 8 or 16 rows at a time, few enough that the rows being written stay in the cache.
+ * band is zeroed, then filled a row or a few rows at a time, so that what is written stays in the first-level cache.
  */
 #define LANES 8
 #include "layout.h"
@@ -10,14 +10,14 @@
 
 #include <stdlib.h>
 
-#define ROWS_AT_ONCE 8 /* of a diagonal's chunk: 8 rows of 768 floats fit a 32 KiB first-level cache */
+#define ROWS_AT_ONCE 8 /* of a chunk of diagonals: 8 rows of 768 floats fit a 32 KiB first-level cache */
 
 struct fill {
     const struct padst_image *image;
     char *weight;
     int type;
     int32_t *columns; /* [CHUNK + in + CHUNK]: the input that column c - CHUNK of S multiplies, -1 outside the matrix */
-    int32_t *rows;    /* [out + CHUNK]: the output that row r of S makes, -1 outside */
+    int32_t *rows;    /* [out]: the output that row r of S makes */
 };
 
 static const void *part(const struct padst_image *image, int64_t offset) { return (const char *)image + offset; }
@@ -28,24 +28,22 @@ INLINE void put(void *to_values, long at, int to, const void *values, long index
     else store_one(to_values, at, to, load_one(values, index, from));
 }
 
-/* The rows of W that rows [first, first + count) of S go to. */
-INLINE void find_rows(const struct fill *fill, long first, int count, int to, char **rows) {
-    for (int l = 0; l < count; l++)
-        rows[l] = fill->weight + fill->rows[first + l] * (long)fill->image->in_features * (long)type_bytes(to);
+/* The row of W that row r of S goes to. */
+INLINE char *row_of(const struct fill *fill, long r, int to) {
+    return fill->weight + fill->rows[r] * (long)fill->image->in_features * (long)type_bytes(to);
 }
 
 INLINE void fill_diag(const struct fill *fill, int64_t chunk, int from, int to) {
-    const int32_t *starts = part(fill->image, fill->image->starts), *columns = fill->columns;
+    const int32_t *starts = part(fill->image, fill->image->starts);
     const uint16_t *indices = part(fill->image, fill->image->indices);
     const void *values = part(fill->image, fill->image->values);
-    long out = fill->image->out_features, begin = starts[chunk], end = starts[chunk + 1];
-    for (long lane = 0; lane < CHUNK && chunk * CHUNK + lane < out; lane += ROWS_AT_ONCE) {
+    long left = fill->image->out_features - chunk * CHUNK, begin = starts[chunk], end = starts[chunk + 1];
+    for (long lane = 0; lane < CHUNK && lane < left; lane += ROWS_AT_ONCE) {
         char *rows[ROWS_AT_ONCE];
-        long left = out - chunk * CHUNK - lane;
-        int count = left < ROWS_AT_ONCE ? (int)left : ROWS_AT_ONCE;
-        find_rows(fill, chunk * CHUNK + lane, count, to, rows);
+        int count = left - lane < ROWS_AT_ONCE ? (int)(left - lane) : ROWS_AT_ONCE;
+        for (int l = 0; l < count; l++) rows[l] = row_of(fill, chunk * CHUNK + lane + l, to);
         for (long e = begin; e < end; e++) {
-            const int32_t *at = columns + indices[e] + lane;
+            const int32_t *at = fill->columns + indices[e] + lane;
             long index = e * CHUNK + lane;
             if (count == ROWS_AT_ONCE) {
                 UNROLL for (int l = 0; l < ROWS_AT_ONCE; l++)
@@ -59,28 +57,25 @@ INLINE void fill_diag(const struct fill *fill, int64_t chunk, int from, int to) 
 
 INLINE void fill_nm(const struct fill *fill, int64_t panel, int from, int to) {
     const struct padst_image *image = fill->image;
+    const int32_t *columns = fill->columns + CHUNK, *groups = part(image, image->starts);
     int n = image->parameter[0], m = image->parameter[1], slots = image->parameter[2], bits = image->parameter[3];
     int each = 32 / bits, lanes = image->out_features - (int)panel * NM_ROWS, last = image->in_features % m;
-    const int32_t *columns = fill->columns + CHUNK;
     long size = (long)type_bytes(from), row_bytes = (slots + each - 1) / each * 4L + slots * size;
     const char *at = (const char *)part(image, image->values) + panel * NM_ROWS * row_bytes;
-    char *rows[NM_ROWS];
     if (lanes > NM_ROWS) lanes = NM_ROWS;
-    find_rows(fill, panel * NM_ROWS, lanes, to, rows);
     /* A short last group's slots that have no input hold zeros at the place of its last entry. */
-    int used = last && last < n ? slots - (n - last) : slots, group = 0, within = 0;
+    int used = last && last < n ? slots - (n - last) : slots;
     for (int first = 0; first < slots; first += each) {
-        int count = slots - first < each ? slots - first : each;
-        uint32_t words[NM_ROWS] = {0};
-        memcpy(words, at, lanes * sizeof *words);
+        int count = slots - first < each ? slots - first : each, some = used - first < count ? used - first : count;
         const char *values = at + 4L * lanes;
-        for (int s = 0; s < count && first + s < used; s++) {
-            for (int lane = 0; lane < lanes; lane++) {
-                uint32_t index = words[lane] & ((1u << bits) - 1);
-                words[lane] >>= bits;
-                put(rows[lane], columns[group + (int)index], to, values, (long)s * lanes + lane, from);
+        for (int lane = 0; lane < lanes; lane++) {
+            char *row = row_of(fill, panel * NM_ROWS + lane, to);
+            uint32_t word;
+            memcpy(&word, at + 4L * lane, sizeof word);
+            for (int s = 0; s < some; s++, word >>= bits) {
+                int column = groups[first + s] + (int)(word & ((1u << bits) - 1));
+                put(row, columns[column], to, values, (long)s * lanes + lane, from);
             }
-            if (++within == n) within = 0, group += m;
         }
         at = values + lanes * count * size;
     }
@@ -92,16 +87,16 @@ INLINE void fill_block(const struct fill *fill, int64_t block_row, int from, int
     long size = image->parameter[0], strips = size / STRIP, begin = starts[block_row], end = starts[block_row + 1];
     const char *at = (const char *)part(image, image->values) + begin * size * size * (long)type_bytes(from);
     for (long strip = 0; strip < strips; strip++) {
-        char *rows[STRIP];
-        long row = block_row * size + strip * STRIP, left = image->out_features - row;
+        long first = block_row * size + strip * STRIP, left = image->out_features - first;
         int count = left < 0 ? 0 : left < STRIP ? (int)left : STRIP;
-        find_rows(fill, row, count, to, rows);
         for (long block = begin; block < end; block++, at += size * STRIP * (long)type_bytes(from)) {
             const int32_t *columns = fill->columns + CHUNK + indices[block] * size;
             long width = image->in_features - indices[block] * size;
             if (width > size) width = size;
-            for (int l = 0; l < count; l++)
-                for (long c = 0; c < width; c++) put(rows[l], columns[c], to, at, c * STRIP + l, from);
+            for (int l = 0; l < count; l++) {
+                char *row = row_of(fill, first + l, to);
+                for (long c = 0; c < width; c++) put(row, columns[c], to, at, c * STRIP + l, from);
+            }
         }
     }
 }
@@ -143,7 +138,6 @@ static void find_places(struct fill *fill) {
     for (int32_t c = 0; c < CHUNK; c++) columns[c - CHUNK] = -1;
     for (int32_t c = 0; c < CHUNK; c++) columns[in + c] = out <= in ? columns[c % in] : -1;
     for (int32_t r = 0; r < out; r++) fill->rows[image->perm_out ? perm_out[r] : r] = r;
-    for (int32_t r = 0; r < CHUNK; r++) fill->rows[out + r] = -1;
 }
 
 int padst_dense(const void *given, void *weight, int type, int threads) {
@@ -152,7 +146,7 @@ int padst_dense(const void *given, void *weight, int type, int threads) {
     if (image->structure < 0 || image->structure >= PADST_STRUCTURES || type < PADST_F32 || type > PADST_F16)
         return PADST_BAD_IMAGE;
     long in = image->in_features, out = image->out_features;
-    int32_t *columns = malloc((size_t)(in + out + 3 * CHUNK) * sizeof *columns);
+    int32_t *columns = malloc((size_t)(in + out + 2 * CHUNK) * sizeof *columns);
     if (!columns) return PADST_NO_MEMORY;
     struct fill fill = {image, weight, type, columns, columns + in + 2 * CHUNK};
     find_places(&fill);
