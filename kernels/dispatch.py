@@ -73,7 +73,7 @@ def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.
 
 
 def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
-    if layout.values_of is None or layout.tensors["values"].dtype != dtype or not DenseInPlace.fits(layout):
+    if layout.repack is None or layout.tensors["values"].dtype != dtype or not DenseInPlace.fits(layout):
         return False
     return machine.costs(torch.get_num_threads()).dense_gains(layout.work, str(dtype).removeprefix("torch."))
 

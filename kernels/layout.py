@@ -32,9 +32,9 @@ class Layout:
     """One layer's packed tensors with permutations and shape; valid as long as the tensors are unchanged.
 
     The layer is y = (S x[..., perm_in])[..., perm_out] + b with S `[out, in]` packed into `tensors` after `structure`
-    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in, and `values_of` (if there is
-    one) the packed values of such a W and all other tensors of the layer by name. `prepared` keeps the kernels made
-    for this layout.
+    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in. `support` gives the mask of S
+    `[out, in]`, and `repack` the tensors again from such a W and mask; both or neither are there. `prepared` keeps the
+    kernels made for this layout.
     """
 
     structure: str
@@ -46,7 +46,8 @@ class Layout:
     perm_in: Tensor | None
     perm_out: Tensor | None
     materialise: Callable[[], Tensor]
-    values_of: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    support: Callable[[], Tensor] | None = None
+    repack: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
     prepared: dict[str, Kernel] = field(default_factory=dict)
 
     @property
@@ -61,11 +62,10 @@ class Layout:
         """M of N:M, else 0."""
         return int(self.parameters.get("m", 0))
 
-    def index_tensors(self) -> dict[str, Tensor]:
-        """Indices and permutations by name: everything but the values."""
+    def permutations(self) -> dict[str, Tensor]:
+        """The permutations that there are, by name."""
         perms = {"perm_in": self.perm_in, "perm_out": self.perm_out}
-        found = {**self.tensors, **{key: perm for key, perm in perms.items() if perm is not None}}
-        return {key: tensor for key, tensor in found.items() if key != "values"}
+        return {key: perm for key, perm in perms.items() if perm is not None}
 
     def resident_bound(self) -> float:
         """The most bytes that the layer's weight may take in all its forms."""

@@ -190,7 +190,8 @@ class PackedLinear(nn.Module):
             perm_out=perm_out,
             # Not a method of this module: a cycle would keep the dense copy until the garbage collector comes by.
             materialise=partial(_materialise, structure, tensors, perm_in, perm_out),
-            values_of=partial(_values_of, structure),
+            support=partial(structure.unpack_mask, tensors),
+            repack=partial(_repack, structure, perm_in, perm_out),
         )
         self._layout = (state, layout)
         return layout
@@ -292,8 +293,8 @@ def _materialise(
         return from_structure(structure.unpack(tensors), perm_in, perm_out)
 
 
-def _values_of(structure: Structure, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The packed values of W; `tensors` are the layer's own, of which the values are not read."""
+def _repack(
+    structure: Structure, perm_in: Tensor | None, perm_out: Tensor | None, weight: Tensor, support: Tensor
+) -> dict[str, Tensor]:
     with torch.no_grad():
-        mask = structure.unpack_mask(tensors)
-        return structure.pack(to_structure(weight, tensors.get("perm_in"), tensors.get("perm_out")), mask)["values"]
+        return dict(structure.pack(to_structure(weight, perm_in, perm_out), support))

@@ -56,8 +56,9 @@ def test_many_tokens_take_the_transient_product(make_case, machine_costs, struct
 
 def test_the_densest_layers_are_kept_dense_within_their_memory_bound(make_case, machine_costs):
     def decided(density: float, dtype: torch.dtype = torch.float32) -> type:
-        layout = make_case("diag", 256, 256, density, "i").layout
-        layout.values_of = lambda weight, _: weight
+        case = make_case("diag", 256, 256, density, "i")
+        layout = case.layout
+        layout.support, layout.repack = lambda: case.weight != 0, lambda weight, _: {"values": weight}
         kernel = compact(layout, dtype)
         assert name(layout, 8, dtype=dtype) == kernel.name_at(8, dtype)
         return type(kernel)

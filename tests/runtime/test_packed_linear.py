@@ -197,16 +197,18 @@ KEPT_DENSE = costs(kernel=1e-9, dense=1e-10, unpack=1e-9)
 
 
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
-def test_the_densest_layers_live_as_dense_weights_and_give_everything_back(structure, machine_costs):
+@pytest.mark.parametrize("shape", [(256, 512), (250, 509)])
+def test_the_densest_layers_live_as_dense_weights_and_give_everything_back(structure, shape, machine_costs):
     machine_costs(KEPT_DENSE)
-    layer, weight, vector = make(structure, 256, 512, "io" if structure == "diag" else "i", density=0.96)
+    out_features, in_features = shape
+    layer, weight, vector = make(structure, *shape, "io" if structure == "diag" else "i", density=0.96)
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-    x = torch.randn(3, 512, requires_grad=True)
+    x = torch.randn(3, in_features, requires_grad=True)
     y = layer(x)
     assert isinstance(layer._native, DenseInPlace)
     assert layer.kernel_name(1) == layer.kernel_name(4096) == "torch-dense"
     torch.testing.assert_close(y, functional.linear(x, weight, vector))
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], weight.sum(dim=0).expand(3, -1))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.ones(3, out_features) @ weight)
     assert layer._parameters["values"] is None
     assert layer.prepared_bytes() <= layer_bound(layer)
     assert torch.equal(layer.dense_weight(), weight)
