@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -128,3 +129,22 @@ def test_a_measurement_is_complete_and_leaves_torch_as_it_was(monkeypatch):
     }
     assert set(found.dense) == {str(dtype).removeprefix("torch.") for dtype in TYPES}
     assert all(len(curve.rates) == len(TOKENS) for curve in (*found.kernels.values(), *found.dense.values()))
+
+
+def test_the_cells_of_a_group_take_their_times_from_one_round(monkeypatch):
+    monkeypatch.setattr(calibrate, "ROUNDS", 2)
+    cells = calibrate._Cells()
+    one, two, other = (cells.add(group, lambda: None) for group in (1, 1, 2))
+    for cell, rounds in ((one, [1.0, 2.0]), (two, [9.0, 5.0]), (other, [3.0, 4.0])):
+        monkeypatch.setattr(cell, "run", lambda cell=cell, rounds=iter(rounds): cell.rounds.append(next(rounds)))
+    cells.run()
+    assert (one.seconds, two.seconds, other.seconds) == (2.0, 5.0, 3.0)
+
+
+def test_a_long_call_is_made_once():
+    calls = []
+    cell = calibrate._Cell(lambda: calls.append(time.sleep(1.1 * calibrate.LONG)))
+    cell.run()
+    cell.run()
+    assert len(calls) == 1
+    assert cell.rounds[0] == cell.rounds[1] > calibrate.LONG
