@@ -50,7 +50,7 @@ _VALUES = (torch.float32, torch.bfloat16)
 
 
 def measure(threads: int) -> Costs:
-    """The costs of this machine with `threads` threads; takes about three seconds."""
+    """The costs of this machine with `threads` threads; takes about four seconds."""
     cells = _Cells()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 `$XDG_CACHE_HOME/padst` (by default `~/.cache/padst`) has one file for every processor, instruction set, number of
 threads, version of torch and build of the compiled kernels. It is measured the first time a packed layer runs where
-there is none, which takes about three seconds and is said in the log; a file that cannot be read is measured anew.
+there is none, which takes about four seconds and is said in the log; a file that cannot be read is measured anew.
 Nothing happens at import.
 """
 
@@ -40,7 +40,7 @@ def measure(threads: int) -> Costs:
 
     key = machine_key(threads)
     path = cache_file(key)
-    _log.warning("measuring how fast this machine is with %d thread(s), once and for about three seconds", threads)
+    _log.warning("measuring how fast this machine is with %d thread(s), once and for about four seconds", threads)
     found = calibrate.measure(threads)
     _write(path, key, found)
     return found
