@@ -19,10 +19,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 NEVER = sys.maxsize
 
-WORTH = 0.9
-"""Leave the compiled kernel only where the other way is predicted to take this share of its time or less: predictions
-are as good as the machine was quiet, and a weight that comes from memory unpacks slower than one in the cache.
-"""
+WORTH = 0.97
+"""Leave the compiled kernel only where the other way is predicted to take this share of its time or less."""
 
 FEW = 8
 """Up to so many tokens the compiled kernel runs in any case: writing a weight takes longer than reading it."""

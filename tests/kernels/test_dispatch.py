@@ -40,7 +40,7 @@ def test_names_without_compiled_kernels(make_case):
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
 def test_many_tokens_take_the_transient_product(make_case, machine_costs, structure):
     case = make_case(structure, 64, 48, 0.5, "io")
-    # The kernel takes 1 ns an entry and token, the product 0.1 and unpacking 4: at half the entries it pays from 12 on.
+    # The kernel takes 1 ns an entry and token, the product 0.1 and unpacking 4: at half the entries it pays from 11 on.
     machine_costs(costs(kernel=1e-9, dense=1e-10, unpack=4e-9))
     kernel = compact(case.layout, torch.float32)
     assert isinstance(kernel, NativeKernel)
