@@ -40,7 +40,6 @@ COMPACT_DTYPES = frozenset(native.TYPES)
 
 takes_compact = native.takes
 scratch_bytes = transient.scratch_bytes
-recalibrate = machine.recalibrate
 
 Compact = NativeKernel | DenseInPlace
 """What takes the place of a layer's packed tensors."""
@@ -56,6 +55,12 @@ def compact(layout: Layout, dtype: torch.dtype) -> Compact | None:
         return None
     with torch.inference_mode(False):  # what is made inside inference mode could not enter a graph later
         return DenseInPlace(layout) if _better_dense(layout, dtype) else NativeKernel(layout)
+
+
+def recalibrate(threads: int) -> None:
+    """Measure the costs of this machine anew and keep them; layers that run already stay on their paths."""
+    machine.recalibrate(threads)
+    transient.limits.cache_clear()
 
 
 def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:

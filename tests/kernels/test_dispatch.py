@@ -8,8 +8,16 @@ from pathlib import Path
 import padst_kernels.dispatch
 import pytest
 import torch
-from padst_kernels.cpu import native, transient
-from padst_kernels.dispatch import GATHER_MAX_DENSITY, DenseInPlace, NativeKernel, compact, kernel_name, select
+from padst_kernels.cpu import machine, native, transient
+from padst_kernels.dispatch import (
+    GATHER_MAX_DENSITY,
+    DenseInPlace,
+    NativeKernel,
+    compact,
+    kernel_name,
+    recalibrate,
+    select,
+)
 from torch.nn import functional
 
 from tests.costs import DENSE_WINS, costs
@@ -70,6 +78,14 @@ def test_the_densest_layers_are_kept_dense_within_their_memory_bound(make_case, 
     assert decided(0.95) is DenseInPlace
     assert decided(0.95, torch.bfloat16) is NativeKernel
     assert decided(0.8) is NativeKernel  # over 1.15 of its share
+
+
+def test_recalibrating_counts_for_the_layers_to_come(make_case, monkeypatch):
+    layout = make_case("diag", 64, 48, 0.5).layout
+    assert name(layout, 64) == native.kernel_name("diag")
+    monkeypatch.setattr(machine, "recalibrate", lambda _: monkeypatch.setattr(machine, "costs", lambda _: DENSE_WINS))
+    recalibrate(1)
+    assert name(layout, 64) == TRANSIENT
 
 
 def test_a_torch_path_is_made_once_for_a_layout(make_case):
