@@ -1,4 +1,4 @@
-"""Which kernel computes a layer: by structure, device and number of tokens."""
+"""Which kernel computes a layer, by structure, density, device and tokens, as the costs of the machine say."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Callable
 
 import torch
 
-from .cpu import native
+from .cpu import machine, native, transient
 from .cpu.native import NativeKernel
-from .cpu.torch_paths import DenseMatmul, GatherBmm
+from .cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
 from .layout import Kernel, Layout
 
 __all__ = [
     "COMPACT_DTYPES",
+    "Compact",
+    "DenseInPlace",
     "Kernel",
     "Layout",
     "NativeKernel",
     "compact",
     "kernel_name",
     "prepare",
+    "recalibrate",
+    "scratch_bytes",
     "select",
     "takes_compact",
 ]
@@ -35,25 +39,48 @@ COMPACT_DTYPES = frozenset(native.TYPES)
 """Dtypes of x that compact kernels compute on."""
 
 takes_compact = native.takes
+scratch_bytes = transient.scratch_bytes
+
+Compact = NativeKernel | DenseInPlace
+"""What takes the place of a layer's packed tensors."""
 
 
-def compact(layout: Layout) -> NativeKernel | None:
-    """A kernel that takes the place of the layer's packed tensors, None where none serves it there."""
+def compact(layout: Layout, dtype: torch.dtype) -> Compact | None:
+    """A kernel that takes the place of the layer's packed tensors, None where none serves it there.
+
+    `dtype` is that of the activations. With many tokens the compiled kernel itself turns to the dense product where the
+    cost model says so; only a layer that may be dense for the memory bound, and gains by it, is kept dense.
+    """
     if not native.serves(layout.structure, layout.in_features, layout.tensors["values"].device):
         return None
-    with torch.inference_mode(False):  # an image made inside inference mode could not enter a graph later
-        return NativeKernel(layout)
+    with torch.inference_mode(False):  # what is made inside inference mode could not enter a graph later
+        return DenseInPlace(layout) if _better_dense(layout, dtype) else NativeKernel(layout)
 
 
-def kernel_name(structure: str, density: float, in_features: int, device: torch.device, tokens: int) -> str:
-    """The name of the kernel for `tokens` rows of float32, bfloat16 or float16 input.
+def recalibrate(threads: int) -> None:
+    """Measure the costs of this machine anew and keep them; layers that run already stay on their paths."""
+    machine.recalibrate(threads)
+    transient.limits.cache_clear()
+
+
+def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
+    """The name of what would compute `tokens` rows of `dtype` on `device`; the layout's tensors may be on `meta`.
 
     Without compiled kernels plain torch has a form of its own for blocks only; a gather formula for diagonals or N:M
     is slower than the dense product.
     """
-    if native.serves(structure, in_features, device):
-        return native.kernel_name(structure)
-    return _torch_name(structure, density, tokens)
+    if dtype not in COMPACT_DTYPES or not native.serves(layout.structure, layout.in_features, device):
+        return _torch_name(layout.structure, layout.density, tokens)
+    if _better_dense(layout, dtype):
+        return DenseInPlace.name
+    limit = transient.limits(layout.work)[torch.get_num_threads(), dtype]
+    return transient.NAME if tokens * layout.in_features >= limit else native.kernel_name(layout.structure)
+
+
+def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
+    if layout.repack is None or layout.tensors["values"].dtype != dtype or not DenseInPlace.fits(layout):
+        return False
+    return machine.costs(torch.get_num_threads()).dense_gains(layout.work, str(dtype).removeprefix("torch."))
 
 
 def _torch_name(structure: str, density: float, tokens: int) -> str:

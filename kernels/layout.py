@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .cost import Work, resident_bound
+
 
 class Kernel(Protocol):
     """One way to compute a sparse layer, bound to one layout; it keeps what it prepares from the packed tensors."""
@@ -30,7 +32,8 @@ class Layout:
     """One layer's packed tensors with permutations and shape; valid as long as the tensors are unchanged.
 
     The layer is y = (S x[..., perm_in])[..., perm_out] + b with S `[out, in]` packed into `tensors` after `structure`
-    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in. `prepared` keeps the
+    and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in. `support` gives the mask of S
+    `[out, in]`, and `repack` the tensors again from such a W and mask; both or neither are there. `prepared` keeps the
     kernels made for this layout.
     """
 
@@ -43,4 +46,28 @@ class Layout:
     perm_in: Tensor | None
     perm_out: Tensor | None
     materialise: Callable[[], Tensor]
+    support: Callable[[], Tensor] | None = None
+    repack: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
     prepared: dict[str, Kernel] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Work:
+        """What the cost model knows of the layer."""
+        values = self.tensors["values"]
+        dtype = str(values.dtype).removeprefix("torch.")
+        return Work.of(self.structure, self.group, dtype, self.out_features, self.in_features, values.numel())
+
+    @property
+    def group(self) -> int:
+        """M of N:M, else 0."""
+        return int(self.parameters.get("m", 0))
+
+    def permutations(self) -> dict[str, Tensor]:
+        """The permutations that there are, by name."""
+        perms = {"perm_in": self.perm_in, "perm_out": self.perm_out}
+        return {key: perm for key, perm in perms.items() if perm is not None}
+
+    def resident_bound(self) -> float:
+        """The most bytes that the layer's weight may take in all its forms."""
+        nonzeros = self.density * self.out_features * self.in_features
+        return resident_bound(self.structure, self.group, nonzeros, self.tensors["values"].element_size())

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 import transformers
 
-from padst_cli.bench import BenchResult, bench, random_sparse
+import padst_cli.bench.run as bench_run
+from padst_cli.bench import BenchResult, LayerRow, Roofline, bench, random_sparse, speedup_chart
+from padst_cli.bench.layers import faster_dense
+from padst_cli.bench.result import Limits
+from padst_cli.bench.roofline import roofline
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe
@@ -17,6 +24,7 @@ from padst_cli.runtime.packing import densify, resident_bytes
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Stopwatch, Timing, crossing
 from tests import models
+from tests.costs import DENSE_WINS
 
 QUICK = Timing(repeats=3, run_seconds=1e-4, rotate_bytes=2**16, max_copies=4)
 WIDTH = 64
@@ -68,6 +76,16 @@ def test_a_causal_model_in_full(sources: dict[str, Source]) -> None:
         assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
         assert row["dense_us"] > 0
         assert row["dense_spread"] >= 0
+        # The shapes are so small that permutations and padding weigh more than the share the bound allows.
+        assert row["resident_bytes"] >= 4 * layer.format.structure.nonzeros
+        assert row["resident_bound"] == pytest.approx(1.15 * 4 * layer.format.structure.nonzeros)
+        assert row["roofline"]["bound"] in ("bytes", "fma")
+        assert row["roofline"]["fraction"] == pytest.approx(row["roofline"]["limit_us"] / row["sparse_us"])
+    assert found["limits"]["read_bytes_per_s"] > 0
+    assert found["limits"]["fma_per_s"] > 0
+    assert found["scratch_bytes"] >= 0
+    slow = {row["name"] for row in found["layers"] if row["speedup"] < 0.97}
+    assert {one["name"] for one in found["faster_dense"]} == slow
     rates = found["model"]
     assert (rates["prefill"]["unit"], rates["prefill"]["tokens"]) == ("tokens", 8)
     assert (rates["decode"]["unit"], rates["decode"]["tokens"]) == ("tokens", 12)
@@ -76,7 +94,7 @@ def test_a_causal_model_in_full(sources: dict[str, Source]) -> None:
     # In this order: making a dense copy brings the model's packed tensors back.
     assert rates["resident_bytes"] == {"sparse": resident_bytes(model), "dense": resident_bytes(densify(model))}
     assert found["break_even_density"] is None
-    assert seen == [(done, 10) for done in range(10)]
+    assert seen == [(done, 11) for done in range(11)]
 
 
 def test_layers_alone_prepare_nothing_in_the_model(sources: dict[str, Source]) -> None:
@@ -103,6 +121,95 @@ def test_break_even_when_asked(sources: dict[str, Source]) -> None:
     assert set(result.to_json()["break_even_density"]) == {"2"}
     value = result.break_even_density[2]
     assert value is None or 0 < value < 1
+
+
+def row(name: str, tokens: int, dense: float, sparse: float, count: int = 1) -> LayerRow:
+    return LayerRow(
+        name=name,
+        count=count,
+        out_features=100,
+        in_features=50,
+        structure="diag",
+        parameters={},
+        density=0.5,
+        tokens=tokens,
+        dense_us=dense,
+        sparse_us=sparse,
+        speedup=dense / sparse,
+        kernel="cpu-portable-diag",
+        dense_spread=0.0,
+        sparse_spread=0.0,
+        resident_bytes=1,
+        resident_bound=2.0,
+        roofline=Roofline("fma", 0.5, 1.0),
+    )
+
+
+def result_of(*rows: LayerRow) -> BenchResult:
+    limits = Limits(1e9, 1e9)
+    return BenchResult("cpu", 1, "float32", "float32", rows, None, None, limits, 0, faster_dense(rows, 4))
+
+
+def test_layers_that_would_be_faster_dense_are_named_with_their_memory() -> None:
+    rows = (row("a", 1, 10, 1), row("a", 512, 9, 10, count=3), row("a", 1024, 8, 10), row("b", 512, 9.8, 10))
+    (found,) = faster_dense((*rows, row("a", 2048, 5, 10, count=3)), 4)
+    assert (found.name, found.tokens) == ("a", (512, 1024, 2048))
+    assert found.extra_bytes == 3 * 100 * 50 * 4
+    assert "the 3 layers like a would be faster dense at 512, 1024, 2048 tokens" in found.sentence
+    assert "0.1 MB more" in found.sentence
+
+
+def test_the_roofline_is_the_higher_of_two_limits(sources: dict[str, Source]) -> None:
+    layer = next(iter(packed_layers(random_sparse(sources["gpt2"], recipe())).values()))
+    nonzeros = layer.format.structure.nonzeros
+    bound_by_bytes = roofline(layer, 1000, 2, 4, 1e-3, Limits(read_bytes_per_s=1e6, fma_per_s=1e12))
+    moved = 1000 + 4 * (2 * (layer.in_features + layer.out_features) + layer.out_features)
+    assert bound_by_bytes.bound == "bytes"
+    assert bound_by_bytes.limit_us == pytest.approx(moved)
+    assert bound_by_bytes.fraction == pytest.approx(moved * 1e-6 / 1e-3)
+    bound_by_fma = roofline(layer, 1000, 2, 4, 1e-3, Limits(read_bytes_per_s=1e15, fma_per_s=1e6))
+    assert bound_by_fma.bound == "fma"
+    assert bound_by_fma.limit_us == pytest.approx(2 * nonzeros)
+
+
+def test_the_chart_is_a_document_with_a_line_for_each_kind_of_layer() -> None:
+    drawn = speedup_chart(
+        result_of(row("a", 1, 10, 1), row("a", 32, 8, 4), row("b", 1, 9, 3, 5), row("b", 32, 6, 4, 5))
+    )
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"dense", "all layers", "a (100 x 50)", "b (100 x 50)", "tokens"} <= words
+    used = set(re.findall(r"var\((--[a-z]+)\)", drawn))
+    assert used <= set(re.findall(r"(--[a-z]+):", drawn))
+
+
+def test_all_layers_together_count_every_layer() -> None:
+    from padst_cli.bench.chart import _together
+
+    # (10 + 5 * 9) / (1 + 5 * 3)
+    assert _together(result_of(row("a", 1, 10, 1), row("b", 1, 9, 3, 5))) == [(1, 55 / 16)]
+
+
+def test_calibrating_is_done_with_the_threads_of_the_run(
+    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(bench_run, "recalibrate", lambda threads: seen.append((threads, torch.get_num_threads())))
+    run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,))
+    assert not seen
+    run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,), calibrate=True, threads=2)
+    assert seen == [(2, 2)]
+
+
+def test_the_transient_product_is_named_and_its_weight_counted(
+    sources: dict[str, Source], machine_costs: Callable[..., None]
+) -> None:
+    machine_costs(DENSE_WINS)
+    _, result = run(sources["gpt2"], recipe(), layers_only=True, tokens=(1, 64))
+    assert {(one.tokens, one.kernel.startswith("cpu-")) for one in result.layers} == {(1, True), (64, False)}
+    assert {one.kernel for one in result.layers if one.tokens == 64} == {"torch-dense-transient"}
+    assert result.scratch_bytes >= 4 * WIDTH * 4 * WIDTH
 
 
 def test_crossing_is_interpolated() -> None:
@@ -163,13 +270,14 @@ def test_a_long_call_is_timed_by_itself() -> None:
 
 
 def test_weights_are_rotated(sources: dict[str, Source]) -> None:
-    from padst_cli.bench import _LayerBench
+    from padst_cli.bench.layers import LayerBench, _sparse_step
 
     layer = next(iter(packed_layers(random_sparse(sources["gpt2"], recipe())).values()))
     watch = Stopwatch(Timing(rotate_bytes=10 * WIDTH * WIDTH * 3 * 4, max_copies=7), 1, torch.device("cpu"))
-    bencher = _LayerBench(watch, torch.device("cpu"), torch.float32, 0)
+    bencher = LayerBench(watch, torch.device("cpu"), torch.float32, 0)
     assert watch.timing.copies(WIDTH * WIDTH * 3 * 4) == 7
     assert watch.timing.copies(5 * WIDTH * WIDTH * 3 * 4) == 2
     assert watch.timing.copies(10**9) == 1
-    dense, sparse = bencher._dense_step(layer, torch.ones(2, WIDTH)), bencher._sparse_step(layer, torch.ones(2, WIDTH))
+    x = torch.ones(2, WIDTH)
+    dense, sparse = bencher._dense_step(layer, x), _sparse_step(bencher._copies(layer, x), x)
     assert dense().shape == sparse().shape == (2, 3 * WIDTH)

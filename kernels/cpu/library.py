@@ -45,11 +45,7 @@ class ImageHeader(ctypes.Structure):
         ("out_features", ctypes.c_int32),
         ("in_features", ctypes.c_int32),
         ("bytes", ctypes.c_int64),
-        ("inv_in", ctypes.c_int64),
-        ("perm_out", ctypes.c_int64),
-        ("values", ctypes.c_int64),
-        ("indices", ctypes.c_int64),
-        ("starts", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("inv_in", "perm_out", "values", "indices", "starts")),
         ("parameter", ctypes.c_int32 * 8),
     )
 
@@ -70,6 +66,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "padst_unpack": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "padst_unpack_permutations": (None, (_POINTER, _POINTER, _POINTER)),
     "padst_forward": (_INT, (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _INT)),
+    "padst_dense": (_INT, (_POINTER, _POINTER, _INT, _INT)),
     "padst_isa": (_INT, ()),
     "padst_use_isa": (_INT, (_INT,)),
     "padst_runs": (_INT, (_INT,)),
@@ -123,3 +120,9 @@ def library() -> ctypes.CDLL | None:
             "padst's AVX-512 kernels failed their test on this machine; AVX2 is used", RuntimeWarning, stacklevel=2
         )
     return lib
+
+
+def isa_name() -> str:
+    """The instruction set that the kernels run on, `none` without the library."""
+    lib = library()
+    return "none" if lib is None else ISAS[lib.padst_isa()]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost import FEW
 from ..layout import Layout
+from . import transient
 from .arena import image_memory
-from .library import ISAS, TYPES, LayerHeader, library
+from .library import TYPES, LayerHeader, isa_name, library
 
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
@@ -30,7 +32,7 @@ def serves(structure: str, in_features: int, device: torch.device) -> bool:
 
 def kernel_name(structure: str) -> str:
     """The name of the compiled kernel for a structure: the instruction set it runs on, and the structure."""
-    return f"cpu-{ISAS[_library().padst_isa()]}-{structure}"
+    return f"cpu-{isa_name()}-{structure}"
 
 
 def takes(x: Tensor) -> bool:
@@ -50,6 +52,8 @@ class NativeKernel:
         self.out_features, self.in_features = layout.out_features, layout.in_features
         self.image = _pack(layout)
         self._address = self.image.data_ptr()
+        self._few = FEW * self.in_features
+        self._limits = transient.limits(transient.work_of(self._address))
         self._forward = _library().padst_forward
 
     def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]) -> Tensor:
@@ -61,7 +65,24 @@ class NativeKernel:
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same without a record for gradients."""
-        return call(self._forward, self._address, x, bias, self.out_features)
+        threads = torch.get_num_threads()
+        if x.numel() > self._few and x.numel() >= self._limits[threads, x.dtype]:
+            return transient.linear(self._address, x, bias, self.out_features, threads)
+        return call(self._forward, self._address, x, bias, self.out_features, threads)
+
+    def compute(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor:
+        """The compiled kernel, however many tokens there are; no record for gradients."""
+        return call(self._forward, self._address, x, bias, self.out_features, threads)
+
+    def name_at(self, tokens: int, dtype: torch.dtype) -> str:
+        """The name of what computes `tokens` rows of `dtype`."""
+        limit = self._limits[torch.get_num_threads(), dtype]
+        return transient.NAME if tokens * self.in_features >= limit else self.name
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W `[out, in]`, permutations folded in, in float32, bfloat16 or float16."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        return transient.fill_dense(self._address, weight, torch.get_num_threads())
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
@@ -100,7 +121,10 @@ def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: i
 
     Eager code calls `NativeKernel`: an operator costs ten times as much a call.
     """
-    return call(_library().padst_forward, image.data_ptr(), x, bias, out_features)
+    address, threads = image.data_ptr(), torch.get_num_threads()
+    if x.numel() >= transient.limits(transient.work_of(address))[threads, x.dtype]:
+        return transient.linear(address, x, bias, out_features, threads)
+    return call(_library().padst_forward, address, x, bias, out_features, threads)
 
 
 @sparse_linear.register_fake
@@ -109,7 +133,9 @@ def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tenso
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def call(
+    forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int, threads: int
+) -> Tensor:
     """One call of the C kernel on the image at an address: `[..., in] -> [..., out_features]`."""
     if not x.is_contiguous():
         x = x.contiguous()
@@ -120,7 +146,7 @@ def call(forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None
         if bias.dtype != dtype or not bias.is_contiguous():
             bias = bias.to(dtype).contiguous()
         at_bias = bias.data_ptr()
-    status = forward(image, x.data_ptr(), TYPES[dtype], at_bias, y.data_ptr(), tokens, torch.get_num_threads())
+    status = forward(image, x.data_ptr(), TYPES[dtype], at_bias, y.data_ptr(), tokens, threads)
     if status:
         raise MemoryError(f"padst's kernel for {out_features} outputs failed with status {status}")
     return y

@@ -6,6 +6,7 @@ to x.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,56 @@ class DenseMatmul:
         with _outside_inference_mode():
             self._weight = self._materialise().to(dtype)
         return self._weight
+
+
+class DenseInPlace:
+    """y = W x + b with W `[out, in]` dense and the permutations folded in, *instead of* the packed tensors, which come
+    back bit for bit from W and a bit an entry that says whether it is in the support.
+
+    For the densest layers, where a dense weight takes no more memory than a packed one may and is the faster.
+    """
+
+    name = "torch-dense"
+
+    def __init__(self, layout: Layout) -> None:
+        if layout.support is None or layout.repack is None:
+            raise ValueError("this layout cannot give its tensors back from a dense weight")
+        self.weight = layout.materialise().contiguous()
+        self._support = _pack_bits(layout.support())
+        self._permutations = layout.permutations()
+        self._repack = layout.repack
+
+    @staticmethod
+    def fits(layout: Layout) -> bool:
+        """Whether the dense weight with its support and permutations stays within the layer's memory bound."""
+        entries = layout.out_features * layout.in_features
+        size = entries * layout.tensors["values"].element_size() + -(-entries // 8)
+        return size + _bytes(*layout.permutations().values()) <= layout.resident_bound()
+
+    def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor] | None = None) -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of x; gradients reach x and the bias."""
+        del materialise  # which kernels that have no dense weight take their gradients from
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
+        support = _unpack_bits(self._support, self.weight.numel()).view(self.weight.shape)
+        for key, tensor in {**self._permutations, **self._repack(self.weight, support)}.items():
+            tensors[key].copy_(tensor)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A copy of W `[out, in]`."""
+        return self.weight.to(dtype, copy=True)
+
+    def name_at(self, tokens: int, dtype: torch.dtype) -> str:
+        """The name of what computes any number of rows of any dtype."""
+        del tokens, dtype
+        return self.name
+
+    def resident_bytes(self) -> int:
+        """Bytes of the dense weight, the support and the permutations."""
+        return _bytes(self.weight, self._support, *self._permutations.values())
 
 
 @dataclass(frozen=True)
@@ -160,3 +211,15 @@ def _outside_inference_mode() -> torch.inference_mode:
 
 def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """A mask as uint8, eight entries to a byte, the first one lowest."""
+    flat = functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The first `count` entries of the mask, bool."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten()[:count].bool()

@@ -114,12 +114,16 @@ class TrainingKernel:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product without a record for gradients."""
         self._load("forth", self._forth, weight)
-        return call(self._lib.padst_forward, self._forth.image.data_ptr(), x, bias, self.shape[0])
+        return call(
+            self._lib.padst_forward, self._forth.image.data_ptr(), x, bias, self.shape[0], torch.get_num_threads()
+        )
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """dx `[..., in]` for dy `[..., out]`."""
         self._load("back", self._back, weight)
-        return call(self._lib.padst_forward, self._back.image.data_ptr(), dy, None, self.shape[1])
+        return call(
+            self._lib.padst_forward, self._back.image.data_ptr(), dy, None, self.shape[1], torch.get_num_threads()
+        )
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """The gradient of the weight `[out, in]`, zero outside the support."""
@@ -143,6 +147,9 @@ class TrainingKernel:
         u = x if self.perm_in is None else x.index_select(-1, self.perm_in)
         dz = dy if self._inverse_out is None else dy.index_select(-1, self._inverse_out)
         return dz.flatten(0, -2).T @ u.flatten(0, -2)
+
+    def _run(self, image: _Image, x: Tensor, bias: Tensor | None, features: int) -> Tensor:
+        return call(self._lib.padst_forward, image.image.data_ptr(), x, bias, features, torch.get_num_threads())
 
     def _load(self, which: str, image: _Image, weight: Tensor) -> None:
         state = (weight.data_ptr(), weight._version)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,7 +35,19 @@ def bench(
     permutation: Annotated[
         str, typer.Option("--permutation", help="With --random-weights: random or none.")
     ] = "random",
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", help="With --random-weights: only these layers; may be repeated.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="With --random-weights: not these layers; may be repeated.")
+    ] = None,
     break_even: Annotated[bool, typer.Option("--break-even", help="Also find the density where dense wins.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure anew what paths are chosen by, and keep it.")
+    ] = False,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Write a chart of speed-up over tokens to this .svg file.")
+    ] = None,
     *,
     common: Common,
 ) -> None:
@@ -44,6 +57,8 @@ def bench(
 
         if baseline != "dense":
             raise PadstError(f"--baseline '{baseline}' is unknown; the only baseline is dense")
+        if chart is not None and (chart.suffix != ".svg" or not chart.parent.is_dir()):
+            raise PadstError(f"--chart '{chart}' is not the name of an .svg file in a folder that exists")
         changes = {
             "structure": structure,
             "sparsity": sparsity,
@@ -51,6 +66,8 @@ def bench(
             "block_size": block_size,
             "band": band,
             "permutation.kind": permutation,
+            "targets": tuple(targets or ()),
+            "ignore": tuple(ignore or ()),
             "seed": common.seed,
         }
         chosen = build_recipe(model, None, changes)
@@ -63,6 +80,8 @@ def bench(
                 random_recipe=chosen if random_weights else None,
                 value_dtype=value_dtype,
                 break_even=break_even,
+                calibrate=calibrate,
+                chart=chart,
                 device=common.device.value,
                 dtype=common.dtype,
                 seed=common.seed,
@@ -78,34 +97,60 @@ def _token_counts(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+_COLUMNS = (
+    *("layer", "out x in", "structure", "density", "tokens", "dense us", "sparse us", "speed-up", "of the limit"),
+    *("resident", "kernel"),
+)
+
+
 def _render(console: Console, result: BenchResult) -> None:
     figures = result.to_json()
-    rows = [
-        (
-            layer["name"],
-            f"{layer['out_features']} x {layer['in_features']}",
-            layer["structure"],
-            f"{layer['density']:.3f}",
-            str(layer["tokens"]),
-            f"{layer['dense_us']:.1f}",
-            f"{layer['sparse_us']:.1f}",
-            f"{layer['speedup']:.2f}",
-            layer["kernel"],
-        )
-        for layer in figures["layers"]
-    ]
-    columns = ("layer", "out x in", "structure", "density", "tokens", "dense us", "sparse us", "speed-up", "kernel")
-    console.table(f"{figures['device']}, {figures['threads']} threads, {figures['dtype']}", columns, rows)
-    model = figures.get("model")
-    if model:
-        speeds = []
-        for name in ("prefill", "decode"):
-            rate = model[name]
-            if rate:
-                figures_of = (f"{rate['dense_per_s']:.1f}", f"{rate['sparse_per_s']:.1f}", f"{rate['speedup']:.2f}")
-                speeds.append((name, str(rate["tokens"]), *figures_of))
-        console.table("whole model", ("", "tokens", "dense/s", "sparse/s", "speed-up"), speeds)
-        resident = model["resident_bytes"]
-        console.table(
-            "resident MB", ("dense", "sparse"), [(f"{resident['dense'] / 1e6:.2f}", f"{resident['sparse'] / 1e6:.2f}")]
-        )
+    rows = [_layer_row(layer) for layer in figures["layers"]]
+    console.table(f"{figures['device']}, {figures['threads']} threads, {figures['dtype']}", _COLUMNS, rows)
+    limits = figures["limits"]
+    console.message(
+        f"of the limit: the share reached of what reading {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (bytes) or "
+        f"{limits['fma_per_s'] / 1e9:.1f} billion multiply-adds/s (fma) allow; "
+        "resident: bytes of the weight over its bound"
+    )
+    for one in result.faster_dense:
+        console.message(one.sentence)
+    if figures["break_even_density"] is not None:
+        crossings = [
+            (tokens, "none tried" if density is None else f"{density:.3f}")
+            for tokens, density in figures["break_even_density"].items()
+        ]
+        console.table("density at which dense is as fast", ("tokens", "density"), crossings)
+    if figures["model"]:
+        _render_model(console, figures["model"])
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    roofline = layer["roofline"]
+    return (
+        layer["name"],
+        f"{layer['out_features']} x {layer['in_features']}",
+        layer["structure"],
+        f"{layer['density']:.3f}",
+        str(layer["tokens"]),
+        f"{layer['dense_us']:.1f}",
+        f"{layer['sparse_us']:.1f}",
+        f"{layer['speedup']:.2f}",
+        f"{roofline['fraction']:.2f} {roofline['bound']}",
+        f"{layer['resident_bytes'] / layer['resident_bound']:.2f}",
+        layer["kernel"],
+    )
+
+
+def _render_model(console: Console, model: dict[str, Any]) -> None:
+    speeds = []
+    for name in ("prefill", "decode"):
+        rate = model[name]
+        if rate:
+            figures_of = (f"{rate['dense_per_s']:.1f}", f"{rate['sparse_per_s']:.1f}", f"{rate['speedup']:.2f}")
+            speeds.append((name, str(rate["tokens"]), *figures_of))
+    console.table("whole model", ("", "tokens", "dense/s", "sparse/s", "speed-up"), speeds)
+    resident = model["resident_bytes"]
+    console.table(
+        "resident MB", ("dense", "sparse"), [(f"{resident['dense'] / 1e6:.2f}", f"{resident['sparse'] / 1e6:.2f}")]
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from padst_cli.bench import BenchResult, random_sparse
+from padst_cli.bench import BenchResult, random_sparse, speedup_chart
 from padst_cli.bench import bench as bench_model
 from padst_cli.checkpoint.format import VALUE_DTYPES
 from padst_cli.checkpoint.reader import open_source
@@ -73,6 +73,8 @@ def bench(
     random_recipe: Recipe | None = None,
     value_dtype: str = "float32",
     break_even: bool = False,
+    calibrate: bool = False,
+    chart: Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
     seed: int = 0,
@@ -82,7 +84,7 @@ def bench(
     dense.
 
     Dense speed does not depend on the values of the weights, so no dense checkpoint is needed. `value_dtype` counts for
-    random weights; a folder's is its own.
+    random weights; a folder's is its own. `chart` is an .svg file to draw speed-up over tokens in.
     """
     if random_recipe is None:
         loaded = load(model, device=device, dtype=dtype)
@@ -102,13 +104,17 @@ def bench(
             ),
         )
     on_event(PhaseStarted("bench"))
-    return bench_model(
+    result = bench_model(
         sparse,
         task=task,
         tokens=tokens,
         threads=threads,
         layers_only=layers_only,
         break_even=break_even,
+        calibrate=calibrate,
         seed=seed,
         on_progress=lambda done, total, what: on_event(Message(f"{done}/{total} {what}")),
     )
+    if chart is not None:
+        chart.write_text(speedup_chart(result), encoding="utf-8")
+    return result

@@ -73,6 +73,9 @@ _STYLE: Final[dict[str, Any]] = {
     "legend.fontsize": 8.5,
     "legend.labelcolor": INK,
 }
+_COLOUR_NAMES: Final = ("ink", "muted", "grid", "sparse", "dense", "control", "paper")
+_LIGHT: Final = ("#1b2330", "#586273", "#dde1e8", "#1764c0", "#66707f", "#b4570a", "#ffffff")
+_DARK: Final = ("#e8ebf0", "#a3adbb", "#343d4a", "#6bb0ff", "#97a2b2", "#f0a35e", "#1a2029")
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -91,7 +94,7 @@ def loss_chart(curves: History) -> str | None:
             axes.plot(*_xy(curves.control_loss), color=CONTROL, label="dense control")
         _log_if_wide(axes, curves.loss + curves.task_loss + curves.control_loss)
         axes.set(xlabel=STEP, ylabel="loss")
-        _legend(axes)
+        legend(axes)
 
     return chart("loss", "Training loss over the steps", draw)
 
@@ -113,7 +116,7 @@ def metric_chart(curves: History, metric: str) -> str | None:
             axes.annotate(f"{value:.3g}", (step, value), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
         axes.margins(x=0.06, y=0.14)
         axes.set(xlabel=STEP, ylabel=metric_name(metric))
-        _legend(axes)
+        legend(axes)
 
     return chart("metric", f"Held-out {metric_name(metric)} over the steps", draw)
 
@@ -146,7 +149,7 @@ def movement_chart(curves: History, nonzeros: int) -> str | None:
         axes.plot(*_xy(tuple(asked)), color=MUTED, marker=".", markersize=3, **DASHED, label="asked for")
         axes.set_ylim(bottom=0)
         axes.set(xlabel=STEP, ylabel="% of kept entries")
-        _legend(axes)
+        legend(axes)
 
     return chart("movement", "Share of the kept entries that moved at each support update", draw, height=2.1)
 
@@ -162,7 +165,7 @@ def penalty_chart(curves: History, delta: float | None, names: Sequence[str]) ->
     def draw(axes: Axes) -> None:
         place = {name: index for index, name in enumerate(names)}
         labels = sorted(curves.penalties, key=lambda label: place.get(layer_of(label), len(place)))
-        colours = dict(zip(labels, _depths(len(labels)), strict=True))
+        colours = dict(zip(labels, depths(len(labels)), strict=True))
         for label in labels:
             axes.plot(*_xy(curves.penalties[label]), color=colours[label], linewidth=1.1)
         for cause, marker, words in _CAUSES:
@@ -183,7 +186,7 @@ def penalty_chart(curves: History, delta: float | None, names: Sequence[str]) ->
             axes.axhline(delta, color=MUTED, **DASHED, label=f"delta = {delta:g}")
         axes.set_ylim(bottom=0)
         axes.set(xlabel=STEP, ylabel="normalised penalty")
-        _legend(axes)
+        legend(axes)
 
     return chart("penalty", "Normalised penalty of each soft permutation over the steps", draw, width=WIDE, height=3.3)
 
@@ -206,7 +209,7 @@ def layers_chart(
         axes.set_yticks(rows, names, fontsize=8)
         axes.grid(False, axis="y")
         axes.set_ylim(len(names) - 0.4, -0.6)
-        _legend(axes)
+        legend(axes)
 
     def draw_error(axes: Axes) -> None:
         both = [(row, *pair) for row, pair in enumerate(errors) if None not in pair]
@@ -220,7 +223,7 @@ def layers_chart(
         axes.set_xlim(left=0)
         axes.set(xlabel="relative output error at the start")
         axes.grid(False, axis="y")
-        _legend(axes)
+        legend(axes)
 
     height = 1.0 + 0.175 * len(names)
     title = "Density and relative output error of each layer"
@@ -247,6 +250,21 @@ def chart(name: str, title: str, *panels: Callable[[Axes], None], width: float =
             if axes.get_xlabel() == STEP:
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _embeddable(figure, name, title)
+
+
+def standalone(svg: str) -> str:
+    """The `<svg>` element as a document of its own, with the colours that a page would give it."""
+    light, dark = (
+        " ".join(f"--{name}: {value};" for name, value in zip(_COLOUR_NAMES, values, strict=True))
+        for values in (_LIGHT, _DARK)
+    )
+    style = (
+        f"<style>svg {{ {light} --font: sans-serif; background: var(--paper); }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    )
+    opening, rest = svg.split(">", 1)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{opening}>{style}{rest}\n"
 
 
 def _embeddable(figure: Figure, name: str, title: str) -> str:
@@ -308,12 +326,13 @@ def _log_if_wide(axes: Axes, points: Points) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """The lines' names over the chart."""
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderpad": 0.2}
     axes.legend(**place, ncols=3, handlelength=1.6, columnspacing=1.4)
 
 
-def _depths(count: int) -> list[tuple[float, float, float]]:
+def depths(count: int) -> list[tuple[float, float, float]]:
     """Colours from the first layer to the last that are told apart on white and on black."""
     first, middle, last = (0.16, 0.50, 0.82), (0.55, 0.45, 0.72), (0.88, 0.46, 0.18)
     colours = []

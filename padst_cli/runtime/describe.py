@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from padst_kernels.dispatch import kernel_name
 from torch import Tensor
 
 from padst_cli.checkpoint.format import LayerFormat, PadstFormat
 from padst_cli.checkpoint.reader import open_source, skeleton, weight_files
 from padst_cli.errors import PadstError
-from padst_cli.runtime.quantizer import check_files, swap_layers
+from padst_cli.runtime.packed_linear import PackedLinear
+from padst_cli.runtime.quantizer import check_files, packed_layers, swap_layers
 from padst_cli.runtime.verify import StoredTensor, read
 
 TOKENS = (1, 512)
@@ -77,8 +77,10 @@ def describe(model: str, *, device: str | torch.device = "cpu") -> Description:
     whole = skeleton(source)
     header = swap_layers(whole, source.padst)
     stored = check_files(whole, header, files)
+    modules = packed_layers(whole)
     layers = tuple(
-        _describe_layer(name, layer, header, stored, torch.device(device)) for name, layer in header.layers.items()
+        _describe_layer(name, layer, header, stored, modules[name], torch.device(device))
+        for name, layer in header.layers.items()
     )
     entries = sum(layer.out_features * layer.in_features for layer in layers)
     return Description(
@@ -97,7 +99,12 @@ def describe(model: str, *, device: str | torch.device = "cpu") -> Description:
 
 
 def _describe_layer(
-    name: str, layer: LayerFormat, header: PadstFormat, stored: Mapping[str, StoredTensor], device: torch.device
+    name: str,
+    layer: LayerFormat,
+    header: PadstFormat,
+    stored: Mapping[str, StoredTensor],
+    module: PackedLinear,
+    device: torch.device,
 ) -> LayerDescription:
     structure = layer.structure
     names = layer.tensors(header.torch_value_dtype)
@@ -117,10 +124,7 @@ def _describe_layer(
         perm_out=_side(tensors.get("perm_out")),
         dead_rows=int((~support.any(dim=1)).sum()),
         dead_columns=int((~support.any(dim=0)).sum()),
-        kernels={
-            str(count): str(kernel_name(structure.name, structure.density, structure.in_features, device, count))
-            for count in TOKENS
-        },
+        kernels={str(count): module.kernel_name(count, device) for count in TOKENS},
     )
 
 

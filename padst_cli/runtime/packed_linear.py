@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from padst_kernels.dispatch import (
     COMPACT_DTYPES,
+    Compact,
+    DenseInPlace,
     Layout,
-    NativeKernel,
     compact,
     kernel_name,
     prepare,
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
-from padst_cli.permutation.apply import from_structure
+from padst_cli.permutation.apply import from_structure, to_structure
 from padst_cli.structures import Structure
 
 
@@ -55,7 +56,7 @@ class PackedLinear(nn.Module):
         self.out_features = layer_format.structure.out_features
         self.in_features = layer_format.structure.in_features
         self._layout: tuple[Any, Layout] | None = None
-        self._native: NativeKernel | None = None
+        self._native: Compact | None = None
         self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
         self._value_dtype = value_dtype
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
@@ -111,7 +112,7 @@ class PackedLinear(nn.Module):
         if is_compiling():
             return self._traced(x)
         if takes_compact(x):
-            kernel = self._native or self._compact()
+            kernel = self._native or self._compact(x.dtype)
             if kernel is not None:
                 return kernel(x, self._parameters["bias"], self.dense_weight)
         result: Tensor = select(self._current_layout(), x.numel() // self.in_features)(x, self.bias)
@@ -142,12 +143,16 @@ class PackedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """W `[out, in]` with the permutations multiplied in, in the dtype of the values; computed anew at each call."""
+        if self._native is not None:
+            return self._native.dense(self.value_dtype)
         return _materialise(self.format.structure, self.packed_tensors(), *self.permutations())
 
-    def kernel_name(self, tokens: int) -> str:
-        """The name of the kernel that serves an input of `tokens` rows where the layer now lives."""
-        structure = self.format.structure
-        return str(kernel_name(structure.name, structure.density, self.in_features, self.weight.device, tokens))
+    def kernel_name(self, tokens: int, device: torch.device | None = None) -> str:
+        """The name of the kernel that serves `tokens` rows of the layer's dtype where it now lives, or on `device`."""
+        dtype, here = self.weight.dtype, self.weight.device
+        if self._native is not None and device in (None, here):
+            return str(self._native.name_at(tokens, dtype))
+        return str(kernel_name(self._current_layout(), device or here, tokens, dtype))
 
     def prepared_bytes(self) -> int:
         """Bytes that its kernels keep beside its tensors (an image in their stead, a dense copy), 0 before the first
@@ -185,13 +190,18 @@ class PackedLinear(nn.Module):
             perm_out=perm_out,
             # Not a method of this module: a cycle would keep the dense copy until the garbage collector comes by.
             materialise=partial(_materialise, structure, tensors, perm_in, perm_out),
+            support=partial(structure.unpack_mask, tensors),
+            repack=partial(_repack, structure, perm_in, perm_out),
         )
         self._layout = (state, layout)
         return layout
 
-    def _compact(self) -> NativeKernel | None:
-        """Put the kernels' image in the place of the packed tensors; None where no compiled kernel serves the layer."""
-        kernel = compact(self._current_layout())
+    def _compact(self, dtype: torch.dtype) -> Compact | None:
+        """Put what kernels run from in the place of the packed tensors; None where no compiled kernel serves the layer.
+
+        `dtype` is that of the activations.
+        """
+        kernel = compact(self._current_layout(), dtype)
         self._layout = None
         if kernel is not None:
             self._value_dtype = self.values.dtype
@@ -222,6 +232,8 @@ class PackedLinear(nn.Module):
         """The same while a graph is traced: the image goes in as a constant, the kernel as an operator."""
         _prepare_for_tracing(self, x.dtype)
         if self._native is not None and takes_compact(x):
+            if isinstance(self._native, DenseInPlace):
+                return self._native(x, self._parameters["bias"])
             result: Tensor = torch.ops.padst.sparse_linear(
                 x, self._native.image, self._parameters["bias"], self.out_features
             )
@@ -264,7 +276,7 @@ class PackedLinear(nn.Module):
 def _prepare_for_tracing(layer: PackedLinear, dtype: torch.dtype) -> bool:
     # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A graph
     # keeps the values it was traced with until the module is moved, cast or loaded anew.
-    if dtype not in COMPACT_DTYPES or (layer._native is None and layer._compact() is None):
+    if dtype not in COMPACT_DTYPES or (layer._native is None and layer._compact(dtype) is None):
         prepare(layer._current_layout(), dtype)
     return True
 
@@ -279,3 +291,10 @@ def _materialise(
 ) -> Tensor:
     with torch.no_grad():
         return from_structure(structure.unpack(tensors), perm_in, perm_out)
+
+
+def _repack(
+    structure: Structure, perm_in: Tensor | None, perm_out: Tensor | None, weight: Tensor, support: Tensor
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return dict(structure.pack(to_structure(weight, perm_in, perm_out), support))

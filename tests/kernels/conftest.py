@@ -15,7 +15,6 @@ from torch import Tensor
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.structures import StructureOptions, structure_class
 
-
 # `make sanitize` runs these tests on a build of its own, with images in memory that ends where they end.
 if "PADST_TEST_LIBRARY" in os.environ:
     library.find = lambda: Path(os.environ["PADST_TEST_LIBRARY"])

@@ -6,25 +6,86 @@ import ast
 from pathlib import Path
 
 import padst_kernels.dispatch
+import pytest
 import torch
-from padst_kernels.cpu import native
-from padst_kernels.dispatch import GATHER_MAX_DENSITY, compact, kernel_name, select
+from padst_kernels.cpu import machine, native, transient
+from padst_kernels.dispatch import (
+    GATHER_MAX_DENSITY,
+    DenseInPlace,
+    NativeKernel,
+    compact,
+    kernel_name,
+    recalibrate,
+    select,
+)
+from torch.nn import functional
 
-CPU = torch.device("cpu")
+from tests.costs import DENSE_WINS, costs
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+TRANSIENT = transient.NAME
 
 
-def test_names_with_compiled_kernels():
+def name(layout, tokens: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str:
+    return kernel_name(layout, device, tokens, dtype)
+
+
+def test_names_with_compiled_kernels(make_case):
     for structure in ("diag", "nm", "block"):
-        assert kernel_name(structure, 0.1, 768, CPU, 1) == native.kernel_name(structure)
-    assert kernel_name("unstructured", 0.1, 768, CPU, 1) == "torch-dense"
+        layout = make_case(structure, 64, 64, 0.2).layout
+        assert {name(layout, tokens) for tokens in (1, 4096)} == {native.kernel_name(structure)}
+        assert name(layout, 1, dtype=torch.float64) == ("torch-gather-bmm" if structure == "block" else "torch-dense")
+    assert name(make_case("unstructured", 64, 64, 0.2).layout, 1) == "torch-dense"
 
 
-def test_names_without_compiled_kernels():
-    meta = torch.device("meta")
-    assert kernel_name("block", 0.1, 768, meta, 1) == "torch-gather-bmm"
-    assert kernel_name("block", GATHER_MAX_DENSITY + 0.01, 768, meta, 512) == "torch-dense"
+def test_names_without_compiled_kernels(make_case):
+    assert name(make_case("block", 64, 64, 0.2).layout, 1, META) == "torch-gather-bmm"
+    assert name(make_case("block", 64, 64, GATHER_MAX_DENSITY + 0.05).layout, 512, META) == "torch-dense"
     for structure in ("diag", "nm", "unstructured"):
-        assert kernel_name(structure, 0.1, 768, meta, 1) == "torch-dense"
+        assert name(make_case(structure, 64, 64, 0.2).layout, 1, META) == "torch-dense"
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_many_tokens_take_the_transient_product(make_case, machine_costs, structure):
+    case = make_case(structure, 64, 48, 0.5, "io")
+    # The kernel takes 1 ns an entry and token, the product 0.1 and unpacking 4: at half the entries it pays from 11 on.
+    machine_costs(costs(kernel=1e-9, dense=1e-10, unpack=4e-9))
+    kernel = compact(case.layout, torch.float32)
+    assert isinstance(kernel, NativeKernel)
+    for tokens, expected in ((1, native.kernel_name(structure)), (9, native.kernel_name(structure)), (12, TRANSIENT)):
+        assert name(case.layout, tokens) == kernel.name_at(tokens, torch.float32) == expected
+        x, bias = torch.randn(tokens, 48), torch.randn(64)
+        before = transient.scratch_bytes()
+        y = kernel(x, bias, lambda: case.weight)
+        assert transient.scratch_bytes() >= (64 * 48 * 4 if expected == TRANSIENT else before)
+        expected_y = functional.linear(x.double(), case.weight.double(), bias.double())
+        torch.testing.assert_close(y.double(), expected_y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_densest_layers_are_kept_dense_within_their_memory_bound(make_case, machine_costs):
+    def decided(density: float, dtype: torch.dtype = torch.float32) -> type:
+        case = make_case("diag", 256, 256, density, "i")
+        layout = case.layout
+        layout.support, layout.repack = lambda: case.weight != 0, lambda weight, _: {"values": weight}
+        kernel = compact(layout, dtype)
+        assert name(layout, 8, dtype=dtype) == kernel.name_at(8, dtype)
+        return type(kernel)
+
+    assert decided(0.95) is NativeKernel
+    machine_costs(DENSE_WINS)
+    assert decided(0.95) is NativeKernel  # unpacking costs nothing here, so a weight at hand gains nothing
+    machine_costs(costs(kernel=1e-9, dense=1e-10, unpack=1e-9))
+    assert decided(0.95) is DenseInPlace
+    assert decided(0.95, torch.bfloat16) is NativeKernel
+    assert decided(0.8) is NativeKernel  # over 1.15 of its share
+
+
+def test_recalibrating_counts_for_the_layers_to_come(make_case, monkeypatch):
+    layout = make_case("diag", 64, 48, 0.5).layout
+    assert name(layout, 64) == native.kernel_name("diag")
+    monkeypatch.setattr(machine, "recalibrate", lambda _: monkeypatch.setattr(machine, "costs", lambda _: DENSE_WINS))
+    recalibrate(1)
+    assert name(layout, 64) == TRANSIENT
 
 
 def test_a_torch_path_is_made_once_for_a_layout(make_case):
@@ -36,11 +97,11 @@ def test_a_torch_path_is_made_once_for_a_layout(make_case):
 
 
 def test_what_takes_the_place_of_the_tensors(make_case):
-    kernel = compact(make_case("diag", 64, 48, 0.2, "io").layout)
+    kernel = compact(make_case("diag", 64, 48, 0.2, "io").layout, torch.float32)
     assert kernel is not None
     assert kernel.name == native.kernel_name("diag")
     assert not kernel.image.is_inference()
-    assert compact(make_case("unstructured", 64, 48, 0.2).layout) is None
+    assert compact(make_case("unstructured", 64, 48, 0.2).layout, torch.float32) is None
 
 
 def test_the_kernels_never_import_padst_cli():

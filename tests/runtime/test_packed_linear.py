@@ -7,13 +7,17 @@ import pickle
 
 import pytest
 import torch
+from padst_kernels.cost import resident_bound
+from padst_kernels.cpu import transient
 from padst_kernels.cpu.library import ISAS, library
+from padst_kernels.dispatch import DenseInPlace
 from torch.nn import functional
 
 from padst_cli.errors import PadstError
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.structures import StructureOptions, structure_class, structure_names
+from tests.costs import DENSE_WINS, costs
 
 
 def make(structure="block", out_features=48, in_features=80, sides="io", bias=True, value_dtype=None, density=0.2):
@@ -187,3 +191,63 @@ def test_torch_export_takes_the_layer(structure):
     expected = layer(x)
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), expected)
+
+
+KEPT_DENSE = costs(kernel=1e-9, dense=1e-10, unpack=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+@pytest.mark.parametrize("shape", [(256, 512), (250, 509)])
+def test_the_densest_layers_live_as_dense_weights_and_give_everything_back(structure, shape, machine_costs):
+    machine_costs(KEPT_DENSE)
+    out_features, in_features = shape
+    layer, weight, vector = make(structure, *shape, "io" if structure == "diag" else "i", density=0.96)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = torch.randn(3, in_features, requires_grad=True)
+    y = layer(x)
+    assert isinstance(layer._native, DenseInPlace)
+    assert layer.kernel_name(1) == layer.kernel_name(4096) == "torch-dense"
+    torch.testing.assert_close(y, functional.linear(x, weight, vector))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.ones(3, out_features) @ weight)
+    assert layer._parameters["values"] is None
+    assert layer.prepared_bytes() <= layer_bound(layer)
+    assert torch.equal(layer.dense_weight(), weight)
+    assert layer.dense_weight().data_ptr() != layer._native.weight.data_ptr()
+    after = layer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert layer._native is None
+
+
+def layer_bound(layer: PackedLinear) -> float:
+    structure = layer.format.structure
+    return resident_bound(structure.name, structure.parameters().get("m", 0), structure.nonzeros, 4)
+
+
+def test_a_layer_kept_dense_takes_other_dtypes_and_graphs(machine_costs):
+    machine_costs(KEPT_DENSE)
+    layer, weight, vector = make("block", 256, 512, "i", density=0.96)
+    x = torch.randn(4, 512)
+    expected = functional.linear(x, weight, vector)
+    torch.testing.assert_close(layer(x), expected)
+    half = layer(x.bfloat16())
+    assert half.dtype is torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=5e-2, atol=0.3)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_graphs_choose_their_path_by_the_tokens_they_are_called_with(structure, machine_costs):
+    machine_costs(DENSE_WINS)
+    layer, weight, vector = make(structure, density=0.5)
+    layer(torch.randn(1, 80))
+    dynamic = {0: torch.export.Dim("tokens", min=2, max=512)}
+    graph = torch.export.export(layer, (torch.randn(4, 80),), dynamic_shapes=(dynamic,)).module()
+    transient._scratch.__dict__.clear()
+    few, many = torch.randn(4, 80), torch.randn(64, 80)
+    torch.testing.assert_close(graph(few), functional.linear(few, weight, vector))
+    assert transient.scratch_bytes() == 0
+    torch.testing.assert_close(graph(many), functional.linear(many, weight, vector))
+    assert transient.scratch_bytes() == 48 * 80 * 4

@@ -28,6 +28,7 @@ def recipe(**changes):
         "permutation.deadline": 0.75,
         "permutation.earliest": 0.0,
         "training.steps": 4,
+        "training.learning_rate": 1e-3,
         "training.batch_size": 4,
         "training.max_seq_length": LENGTH,
         "training.log_every": 1,

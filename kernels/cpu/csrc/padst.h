@@ -76,6 +76,9 @@ int padst_forward(const void *image, const void *x, int type, const void *bias, 
 int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
                    int64_t tokens, int threads);
 
+/* W [out, in] = S[perm_out][:, inverse of perm_in], row-major and of type `type`: what a dense product needs. */
+int padst_dense(const void *image, void *weight, int type, int threads);
+
 /* Which instruction set serves, whether this build and this machine have one, and choosing it (else PADST_NOT_BUILT). */
 int padst_isa(void);
 int padst_runs(int isa);

@@ -1,0 +1,119 @@
+"""The whole benchmark: layers, model, break-even density, with one number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from padst_kernels.dispatch import recalibrate, scratch_bytes
+
+from padst_cli.bench.break_even import DENSITIES, break_even_densities
+from padst_cli.bench.layers import LayerBench, faster_dense, groups_of
+from padst_cli.bench.model import model_rates
+from padst_cli.bench.result import BenchResult, LayerRow, Limits, ModelRates
+from padst_cli.bench.roofline import measure_limits
+from padst_cli.errors import PadstError
+from padst_cli.evaluation.forward import evaluating
+from padst_cli.runtime.packing import densify
+from padst_cli.runtime.quantizer import packed_layers
+from padst_cli.stopwatch import OnProgress, Progress, Stopwatch, Timing
+
+DEFAULT_TOKENS = (1, 32, 512)
+
+
+def bench(
+    sparse: Any,
+    dense: Any = None,
+    *,
+    task: str,
+    tokens: Sequence[int] = DEFAULT_TOKENS,
+    threads: int | None = None,
+    layers_only: bool = False,
+    break_even: bool = False,
+    calibrate: bool = False,
+    seed: int = 0,
+    timing: Timing = Timing(),
+    on_progress: OnProgress | None = None,
+) -> BenchResult:
+    """Time a packed model against `dense` (default: itself made dense), layer by layer and as a whole, where it now
+    lives.
+
+    `task` is the source's; `threads` None keeps torch's; `calibrate` measures the costs of this machine anew first, by
+    which paths are chosen. Raises `PadstError` for a model without sparse layers.
+    """
+    if not packed_layers(sparse):
+        raise PadstError(
+            "this model has no sparse layers to measure; give a folder that padst wrote, or --random-weights"
+        )
+    if not tokens or min(tokens) < 1:
+        raise PadstError("token counts must be 1 or more")
+    before = torch.get_num_threads()
+    threads = threads or before
+    torch.set_num_threads(threads)
+    try:
+        if calibrate:
+            recalibrate(threads)
+        with evaluating(sparse, dense):
+            return _Run(sparse, tuple(tokens), threads, timing, seed, on_progress, break_even).result(
+                dense, task, layers_only
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One benchmark: what is measured with which threads, and how far it is."""
+
+    def __init__(
+        self,
+        sparse: Any,
+        tokens: tuple[int, ...],
+        threads: int,
+        timing: Timing,
+        seed: int,
+        on_progress: OnProgress | None,
+        break_even: bool,
+    ) -> None:
+        self.sparse, self.tokens, self.seed, self.break_even = sparse, tokens, seed, break_even
+        self.packed = packed_layers(sparse)
+        self.groups = groups_of(self.packed)
+        self.stopwatch = Stopwatch(timing, threads, sparse.device)
+        self.bencher = LayerBench(self.stopwatch, sparse.device, sparse.dtype, seed)
+        cells = len(self.groups) * len(tokens)
+        self.progress = Progress(on_progress, cells * (1 + len(DENSITIES) * break_even) + 3)
+
+    def result(self, dense: Any, task: str, layers_only: bool) -> BenchResult:
+        """Measure everything in turn."""
+        sparse, dtype = self.sparse, self.sparse.dtype
+        value_dtype = next(iter(self.packed.values())).value_dtype
+        self.progress.next("limits of this machine")
+        limits = measure_limits(self.stopwatch, sparse.device, dtype)
+        rows = tuple(self._row(names, count, limits) for names in self.groups for count in self.tokens)
+        crossings = None
+        if self.break_even:
+            crossings = break_even_densities(self.groups, self.packed, self.tokens, self.bencher, self.progress)
+        return BenchResult(
+            device=str(sparse.device.type),
+            threads=self.stopwatch.threads,
+            dtype=_name(dtype),
+            value_dtype=_name(value_dtype),
+            layers=rows,
+            model=None if layers_only else self._rates(dense, task),
+            break_even_density=crossings,
+            limits=limits,
+            scratch_bytes=scratch_bytes(),
+            faster_dense=faster_dense(rows, dtype.itemsize),
+        )
+
+    def _row(self, names: list[str], tokens: int, limits: Limits) -> LayerRow:
+        return self.bencher.row(names, self.packed, tokens, limits, self.progress)
+
+    def _rates(self, dense: Any, task: str) -> ModelRates:
+        dense = densify(self.sparse) if dense is None else dense
+        with evaluating(dense):
+            return model_rates(self.sparse, dense, task, max(self.tokens), self.stopwatch, self.seed, self.progress)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
