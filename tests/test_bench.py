@@ -17,12 +17,14 @@ from padst_cli.bench import BenchResult, LayerRow, Roofline, bench, random_spars
 from padst_cli.bench.layers import faster_dense
 from padst_cli.bench.result import Limits
 from padst_cli.bench.roofline import roofline
+from padst_cli.bench.train import trainable
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.packing import densify, resident_bytes
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Stopwatch, Timing, crossing
+from padst_cli.training.sparse_linear import DENSE_PRODUCT
 from tests import models
 from tests.costs import DENSE_WINS
 
@@ -281,3 +283,34 @@ def test_weights_are_rotated(sources: dict[str, Source]) -> None:
     x = torch.ones(2, WIDTH)
     dense, sparse = bencher._dense_step(layer, x), _sparse_step(bencher._copies(layer, x), x)
     assert dense().shape == sparse().shape == (2, 3 * WIDTH)
+
+
+@pytest.mark.parametrize("structure", ["diag", "block"])
+def test_training_steps_of_layers_and_of_the_model(sources: dict[str, Source], structure: str) -> None:
+    _, result = run(sources["gpt2"], recipe(structure), tokens=(64,), threads=1, train=True)
+    train = json.loads(json.dumps(result.to_json(), allow_nan=False))["train"]
+    assert [(row["out_features"], row["in_features"], row["tokens"]) for row in train["layers"]] == [
+        (out * WIDTH, inp * WIDTH, 64) for out, inp in ((3, 1), (1, 1), (4, 1), (1, 4))
+    ]
+    for row in train["layers"]:
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
+        assert row["kernel"].startswith("cpu-") or row["kernel"] == DENSE_PRODUCT
+    # 64 tokens in sequences of the 24 positions that the model has.
+    assert train["step"]["tokens"] == 48
+    assert train["step"]["speedup"] == pytest.approx(train["step"]["sparse_per_s"] / train["step"]["dense_per_s"])
+
+
+def test_training_steps_without_a_loss_are_those_of_layers(sources: dict[str, Source]) -> None:
+    _, result = run(sources["vit"], recipe(), tokens=(8,), threads=1, train=True)
+    assert result.train is not None
+    assert result.train.step is None
+    assert len(result.train.layers) > 0
+
+
+def test_what_is_trained_computes_what_is_packed(sources: dict[str, Source]) -> None:
+    model = random_sparse(sources["gpt2"], recipe("nm"))
+    for layer in packed_layers(model).values():
+        x = torch.randn(600, layer.in_features)
+        trained = trainable(layer)
+        torch.testing.assert_close(trained(x), layer(x), rtol=1e-4, atol=1e-5)
+        assert not trained.dense_gradient

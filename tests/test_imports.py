@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FORMATS,
     "hub": FORMATS | MIDDLE,
     "stopwatch": set(),
-    "bench": FORMATS | {"runtime", "evaluation", "report", "stopwatch"},
+    "bench": FORMATS | {"runtime", "training", "evaluation", "report", "stopwatch"},
     "pipeline": FORMATS | MIDDLE | {"bench", "hub"},
     "quickstart": FORMATS | MIDDLE | {"pipeline", "bench", "assets"},
     "assets": {"data"},

@@ -8,7 +8,7 @@ called resident is counted from the tensors that are alive after the runs, kerne
 
 from padst_cli.bench.chart import speedup_chart
 from padst_cli.bench.random_model import random_sparse
-from padst_cli.bench.result import BenchResult, FasterDense, LayerRow, ModelRates, Roofline
+from padst_cli.bench.result import BenchResult, FasterDense, LayerRow, ModelRates, Roofline, TrainRates, TrainRow
 from padst_cli.bench.run import DEFAULT_TOKENS, bench
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "LayerRow",
     "ModelRates",
     "Roofline",
+    "TrainRates",
+    "TrainRow",
     "bench",
     "random_sparse",
     "speedup_chart",

@@ -90,13 +90,43 @@ class ModelRates:
 
 
 @dataclass(frozen=True)
+class TrainRow:
+    """One layer's training step (forward, gradients of input, weight and bias) at one token count; microseconds a step.
+
+    `kernel` names what computed the sparse side, the other fields are those of `LayerRow`.
+    """
+
+    name: str
+    count: int
+    out_features: int
+    in_features: int
+    structure: str
+    density: float
+    tokens: int
+    dense_us: float
+    sparse_us: float
+    speedup: float
+    kernel: str
+    dense_spread: float
+    sparse_spread: float
+
+
+@dataclass(frozen=True)
+class TrainRates:
+    """Training steps: layers, and the whole model's optimizer step, None where it was not measured."""
+
+    layers: tuple[TrainRow, ...]
+    step: Rate | None
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """What `padst bench` reports; the fields are its JSON keys. `model` is None where only layers were measured.
 
     `break_even_density`: token count -> density at which sparse layers take as long as dense ones, None where they do
     at every density tried; the whole field is None where it was not asked for. `scratch_bytes`: of the one dense weight
     that all layers of a thread share where unpacking pays. `faster_dense`: layers that stay packed for the memory's
-    sake.
+    sake. `train` is None where training steps were not asked for.
     """
 
     device: str
@@ -109,11 +139,14 @@ class BenchResult:
     limits: Limits
     scratch_bytes: int
     faster_dense: tuple[FasterDense, ...]
+    train: TrainRates | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values (token counts as text keys)."""
         raw = asdict(self)
         raw["layers"] = list(raw["layers"])
+        if raw["train"] is not None:
+            raw["train"]["layers"] = list(raw["train"]["layers"])
         raw["faster_dense"] = [{**asdict(one), "tokens": list(one.tokens)} for one in self.faster_dense]
         if self.break_even_density is not None:
             raw["break_even_density"] = {str(tokens): value for tokens, value in self.break_even_density.items()}

@@ -11,8 +11,9 @@ from padst_kernels.dispatch import recalibrate, scratch_bytes
 from padst_cli.bench.break_even import DENSITIES, break_even_densities
 from padst_cli.bench.layers import LayerBench, faster_dense, groups_of
 from padst_cli.bench.model import model_rates
-from padst_cli.bench.result import BenchResult, LayerRow, Limits, ModelRates
+from padst_cli.bench.result import BenchResult, LayerRow, Limits, ModelRates, TrainRates
 from padst_cli.bench.roofline import measure_limits
+from padst_cli.bench.train import train_rates
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.forward import evaluating
 from padst_cli.runtime.packing import densify
@@ -32,6 +33,7 @@ def bench(
     layers_only: bool = False,
     break_even: bool = False,
     calibrate: bool = False,
+    train: bool = False,
     seed: int = 0,
     timing: Timing = Timing(),
     on_progress: OnProgress | None = None,
@@ -40,7 +42,7 @@ def bench(
     lives.
 
     `task` is the source's; `threads` None keeps torch's; `calibrate` measures the costs of this machine anew first, by
-    which paths are chosen. Raises `PadstError` for a model without sparse layers.
+    which paths are chosen; `train` adds training steps. Raises `PadstError` for a model without sparse layers.
     """
     if not packed_layers(sparse):
         raise PadstError(
@@ -55,9 +57,8 @@ def bench(
         if calibrate:
             recalibrate(threads)
         with evaluating(sparse, dense):
-            return _Run(sparse, tuple(tokens), threads, timing, seed, on_progress, break_even).result(
-                dense, task, layers_only
-            )
+            run = _Run(sparse, tuple(tokens), threads, timing, seed, on_progress, break_even, train)
+            return run.result(dense, task, layers_only)
     finally:
         torch.set_num_threads(before)
 
@@ -74,14 +75,15 @@ class _Run:
         seed: int,
         on_progress: OnProgress | None,
         break_even: bool,
+        train: bool,
     ) -> None:
-        self.sparse, self.tokens, self.seed, self.break_even = sparse, tokens, seed, break_even
+        self.sparse, self.tokens, self.seed, self.break_even, self.train = sparse, tokens, seed, break_even, train
         self.packed = packed_layers(sparse)
         self.groups = groups_of(self.packed)
         self.stopwatch = Stopwatch(timing, threads, sparse.device)
         self.bencher = LayerBench(self.stopwatch, sparse.device, sparse.dtype, seed)
         cells = len(self.groups) * len(tokens)
-        self.progress = Progress(on_progress, cells * (1 + len(DENSITIES) * break_even) + 3)
+        self.progress = Progress(on_progress, cells * (1 + train + len(DENSITIES) * break_even) + 3 + train)
 
     def result(self, dense: Any, task: str, layers_only: bool) -> BenchResult:
         """Measure everything in turn."""
@@ -104,6 +106,7 @@ class _Run:
             limits=limits,
             scratch_bytes=scratch_bytes(),
             faster_dense=faster_dense(rows, dtype.itemsize),
+            train=self._train_rates(dense, task, layers_only) if self.train else None,
         )
 
     def _row(self, names: list[str], tokens: int, limits: Limits) -> LayerRow:
@@ -113,6 +116,10 @@ class _Run:
         dense = densify(self.sparse) if dense is None else dense
         with evaluating(dense):
             return model_rates(self.sparse, dense, task, max(self.tokens), self.stopwatch, self.seed, self.progress)
+
+    def _train_rates(self, dense: Any, task: str, layers_only: bool) -> TrainRates:
+        whole = None if layers_only else densify(self.sparse) if dense is None else dense
+        return train_rates(self.sparse, whole, self.groups, self.tokens, task, self.stopwatch, self.seed, self.progress)
 
 
 def _name(dtype: torch.dtype) -> str:

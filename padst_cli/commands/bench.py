@@ -45,6 +45,7 @@ def bench(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure anew what paths are chosen by, and keep it.")
     ] = False,
+    train: Annotated[bool, typer.Option("--train", help="Also time training steps: forward and backward.")] = False,
     chart: Annotated[
         Path | None, typer.Option("--chart", help="Write a chart of speed-up over tokens to this .svg file.")
     ] = None,
@@ -81,6 +82,7 @@ def bench(
                 value_dtype=value_dtype,
                 break_even=break_even,
                 calibrate=calibrate,
+                train=train,
                 chart=chart,
                 device=common.device.value,
                 dtype=common.dtype,
@@ -121,6 +123,8 @@ def _render(console: Console, result: BenchResult) -> None:
             for tokens, density in figures["break_even_density"].items()
         ]
         console.table("density at which dense is as fast", ("tokens", "density"), crossings)
+    if figures["train"]:
+        _render_train(console, figures["train"])
     if figures["model"]:
         _render_model(console, figures["model"])
 
@@ -140,6 +144,32 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
         f"{layer['resident_bytes'] / layer['resident_bound']:.2f}",
         layer["kernel"],
     )
+
+
+def _render_train(console: Console, train: dict[str, Any]) -> None:
+    rows = [
+        (
+            layer["name"],
+            f"{layer['out_features']} x {layer['in_features']}",
+            f"{layer['density']:.3f}",
+            str(layer["tokens"]),
+            f"{layer['dense_us'] / 1e3:.2f}",
+            f"{layer['sparse_us'] / 1e3:.2f}",
+            f"{layer['speedup']:.2f}",
+            layer["kernel"],
+        )
+        for layer in train["layers"]
+    ]
+    columns = ("layer", "out x in", "density", "tokens", "dense ms", "sparse ms", "speed-up", "kernel")
+    console.table("training step of a layer: forward and backward", columns, rows)
+    step = train["step"]
+    if step:
+        row = (str(step["tokens"]), *(f"{step[key]:.2f}" for key in ("dense_per_s", "sparse_per_s", "speedup")))
+        console.table(
+            "optimizer step of the model, hardened, without a teacher",
+            ("tokens", "dense tokens/s", "sparse tokens/s", "speed-up"),
+            [row],
+        )
 
 
 def _render_model(console: Console, model: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ def bench(
     value_dtype: str = "float32",
     break_even: bool = False,
     calibrate: bool = False,
+    train: bool = False,
     chart: Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -112,6 +113,7 @@ def bench(
         layers_only=layers_only,
         break_even=break_even,
         calibrate=calibrate,
+        train=train,
         seed=seed,
         on_progress=lambda done, total, what: on_event(Message(f"{done}/{total} {what}")),
     )

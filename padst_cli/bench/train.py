@@ -1,0 +1,163 @@
+"""Training steps, sparse against dense: forward and backward of a layer, and a whole optimizer step of the model.
+
+The sparse side is what fine-tuning runs once every permutation has hardened and between support updates: gradients on
+the support alone. Values change before every step, as an optimizer changes them, so that nothing prepared is reused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from padst_cli.bench.result import TrainRates, TrainRow
+from padst_cli.runtime.packed_linear import PackedLinear
+from padst_cli.runtime.quantizer import packed_layers
+from padst_cli.stopwatch import Progress, Rate, Stopwatch
+from padst_cli.training.sparse_linear import Permutation, SparseLinear
+
+_STEP_REPEATS = 3
+"""Whole steps take seconds, and what they are compared for is no matter of percents."""
+_SEQUENCE = 512
+_LEARNING_RATE = 1e-6
+
+
+@torch.enable_grad()  # benchmarks of inference run without
+def train_rates(
+    sparse: Any,
+    dense: Any | None,
+    groups: Sequence[list[str]],
+    tokens: Sequence[int],
+    task: str,
+    stopwatch: Stopwatch,
+    seed: int,
+    progress: Progress,
+) -> TrainRates:
+    """Rows for each group of like layers at each token count; with `dense` also the step of the whole model, with the
+    most tokens. Only a causal LM has a loss that random inputs serve; for other tasks there is no step.
+    """
+    packed = packed_layers(sparse)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for names in groups:
+        layer = packed[names[0]]
+        for count in tokens:
+            progress.next(f"training {names[0]}, {count} tokens")
+            rows.append(_layer_row(names, layer, count, stopwatch, generator))
+    step = None
+    if dense is not None and task == "causal-lm":
+        progress.next("training the whole model")
+        step = _model_step(sparse, dense, max(tokens), stopwatch, generator)
+    return TrainRates(tuple(rows), step)
+
+
+def _layer_row(
+    names: list[str], layer: PackedLinear, tokens: int, stopwatch: Stopwatch, generator: torch.Generator
+) -> TrainRow:
+    trained = trainable(layer)
+    x = torch.randn(tokens, layer.in_features, generator=generator).to(trained.weight)
+    dy = torch.randn(tokens, layer.out_features, generator=generator).to(trained.weight)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(trained.weight)
+    pair = stopwatch.calls(
+        _layer_step(lambda u: F.linear(u, dense.weight, dense.bias), dense, x, dy),
+        _layer_step(trained, trained, x, dy),
+    )
+    return TrainRow(
+        name=names[0],
+        count=len(names),
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        structure=layer.format.structure.name,
+        density=layer.format.structure.density,
+        tokens=tokens,
+        dense_us=pair.dense * 1e6,
+        sparse_us=pair.sparse * 1e6,
+        speedup=pair.dense / pair.sparse,
+        kernel=str(trained.computed_by),
+        dense_spread=pair.dense_spread,
+        sparse_spread=pair.sparse_spread,
+    )
+
+
+def _layer_step(product: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward, and gradients of the input, the weight and the bias."""
+    inputs, weight = x.clone().requires_grad_(), module.get_parameter("weight")
+
+    def step() -> None:
+        inputs.grad = None
+        module.zero_grad(set_to_none=True)
+        _touch(weight)
+        product(inputs).backward(dy)
+
+    return step
+
+
+@torch.no_grad()
+def _touch(weight: Tensor) -> None:
+    """Change the weight in place, as a step does, at no cost."""
+    weight[:1, :1].mul_(1.0)
+
+
+def trainable(layer: PackedLinear) -> SparseLinear:
+    """The layer in the form in which it is trained, hardened, for steps between support updates."""
+    perm_in, perm_out = (
+        None if perm is None else Permutation(perm, mixing=None) for perm in copy.deepcopy(layer).permutations()
+    )
+    source = copy.deepcopy(layer)
+    made = SparseLinear(
+        source.format.structure,
+        source.structured_weight().to(source.weight.dtype),
+        source.support(),
+        None if source.bias is None else source.bias.detach(),
+        perm_in,
+        perm_out,
+    ).to(source.weight.device)
+    made.dense_gradient = False
+    return made
+
+
+class _Transposed(nn.Module):
+    """Stands where a GPT-2 `Conv1D` was: code there asks for its `nf`."""
+
+    def __init__(self, layer: SparseLinear) -> None:
+        super().__init__()
+        self.layer, self.nf = layer, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        result: Tensor = self.layer(x)
+        return result
+
+
+def _model_step(sparse: Any, dense: Any, tokens: int, stopwatch: Stopwatch, generator: torch.Generator) -> Rate:
+    """Loss, backward pass and AdamW step over `tokens` tokens in sequences of at most 512, without a teacher."""
+    student = copy.deepcopy(dense)
+    for name, layer in packed_layers(sparse).items():
+        module: nn.Module = trainable(layer)
+        student.set_submodule(name, _Transposed(module) if layer.format.transposed else module)  # type: ignore[arg-type]
+    config = dense.config.get_text_config()
+    length = min(tokens, _SEQUENCE, getattr(config, "max_position_embeddings", None) or _SEQUENCE)
+    shape = (max(1, tokens // length), length)
+    ids = torch.randint(config.vocab_size, shape, generator=generator).to(dense.device)
+    watch = Stopwatch(replace(stopwatch.timing, repeats=_STEP_REPEATS), stopwatch.threads, stopwatch.device)
+    steps = [_optimizer_step(model, {"input_ids": ids, "labels": ids}) for model in (copy.deepcopy(dense), student)]
+    return Rate.of("tokens", ids.numel(), ids.numel(), watch.calls(steps[0], steps[1]))
+
+
+def _optimizer_step(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
