@@ -217,8 +217,16 @@ static int even_width(const struct call *call, int widest, int threads) {
     return (int)(width < widest ? width : widest);
 }
 
+/* Where rows are dense, wide tiles make the most of a weight; where they are not, narrow ones keep more inputs near. N:M
+ * is decoded once a tile, which wants wide ones. */
+static int largest_tile(const struct padst_image *image) {
+    if (image->structure == PADST_NM) return LARGEST_TILE;
+    double density = image->structure == PADST_DIAG ? diag_density(image) : rows_density(image);
+    return density > 0.2 ? LARGEST_TILE : LARGEST_TILE / 2;
+}
+
 static int power_width(const struct call *call, int threads) {
-    int width = LARGEST_TILE;
+    int width = largest_tile(call->image);
     while (width > SMALLEST_TILE && width / 2 >= call->tokens) width /= 2;
     /* Permuted outputs cannot be split between threads: narrower tiles then give each thread one. */
     while (call->image->perm_out && width > SMALLEST_TILE && (call->tokens + width - 1) / width < threads) width /= 2;
