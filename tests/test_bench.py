@@ -314,3 +314,11 @@ def test_what_is_trained_computes_what_is_packed(sources: dict[str, Source]) -> 
         trained = trainable(layer)
         torch.testing.assert_close(trained(x), layer(x), rtol=1e-4, atol=1e-5)
         assert not trained.dense_gradient
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+@pytest.mark.parametrize("sparsity", [0.6, 0.77, 0.9])
+def test_densities_are_never_under_the_requested(sources: dict[str, Source], structure: str, sparsity: float) -> None:
+    model = random_sparse(sources["gpt2"], recipe(structure, sparsity=sparsity))
+    for name, layer in packed_layers(model).items():
+        assert layer.format.structure.density >= 1.0 - sparsity - 1e-9, name

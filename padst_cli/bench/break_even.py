@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from padst_cli.bench.layers import LayerBench
-from padst_cli.bench.random_model import random_packed
+from padst_cli.bench.random_model import random_packed, with_density
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.stopwatch import Progress, crossing
-from padst_cli.structures import DoesNotFit, StructureOptions
+from padst_cli.structures import DoesNotFit
 
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 
@@ -43,14 +43,8 @@ def break_even_densities(
 
 def _at_density(layer: PackedLinear, density: float, bencher: LayerBench) -> PackedLinear | None:
     """A random layer of the same shape and family at another density, None where the family has none that dense."""
-    old = layer.format.structure
-    parameters = old.parameters()
-    options = StructureOptions(
-        block_size=parameters.get("block_size", StructureOptions.block_size),
-        band=parameters.get("band", StructureOptions.band),
-    )
     try:
-        structure = type(old).for_density(old.out_features, old.in_features, density, options)
+        structure = with_density(layer.format.structure, density)
     except DoesNotFit:
         return None
     bias = None if layer.bias is None else layer.bias.detach().cpu()

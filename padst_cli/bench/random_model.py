@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from padst_cli.plan import LayerPlan, make_plan
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
-from padst_cli.structures import Structure
+from padst_cli.structures import Structure, StructureOptions
 from padst_cli.tying import untie
+
+_EXACT = 1e-9
+"""Densities that differ by less are the same."""
 
 
 def random_sparse(
@@ -43,8 +47,34 @@ def random_sparse(
     plan = make_plan(model, recipe)
     if plan.unties:
         untie(model)
-    layers = {layer.name: _random_layer(layer, value_dtype, dtype, generator).to(device) for layer in plan.layers}
+    planned = plan.layers
+    if recipe.allocation == "uniform" and recipe.nm is None:
+        planned = tuple(replace(layer, structure=_at_least(layer.structure, 1 - recipe.sparsity)) for layer in planned)
+    layers = {layer.name: _random_layer(layer, value_dtype, dtype, generator).to(device) for layer in planned}
     return install(model, layers, "packed" if all(layer.structure.exportable for layer in plan.layers) else "training")
+
+
+def with_density(structure: Structure, density: float) -> Structure:
+    """The member of the structure's family of that density, block size and band kept; raises `DoesNotFit`."""
+    parameters = structure.parameters()
+    options = StructureOptions(
+        block_size=parameters.get("block_size", StructureOptions.block_size),
+        band=parameters.get("band", StructureOptions.band),
+    )
+    return structure.for_density(structure.out_features, structure.in_features, density, options)
+
+
+def _at_least(structure: Structure, density: float) -> Structure:
+    """The structure, or the next denser member of its family where rounding left it under the requested density.
+
+    Otherwise a speed would be quoted for a density that the layer does not have.
+    """
+    missing = density - structure.density
+    found = structure
+    while density - found.density > _EXACT:
+        missing *= 2
+        found = with_density(structure, density + missing)
+    return found
 
 
 def _random_layer(
