@@ -109,7 +109,10 @@ class Plan:
         return packed + self.other_parameters * dtype.itemsize
 
     def run_bytes(self, soft: bool, distill: bool) -> int:
-        """Rough peak of `sparsify` in bytes, float32: student, gradient, two moments; soft matrices too; a teacher."""
+        """Rough peak of `sparsify` in bytes, float32: student, gradient, two moments; soft matrices too; a teacher.
+
+        Weights and their moments are dense in training, so that a latent weight takes no more.
+        """
         student = (self._target_entries + self.other_parameters) * torch.float32.itemsize
         total = 4 * student + distill * self.dense_bytes(torch.float32)
         if soft:

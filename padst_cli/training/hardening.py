@@ -25,8 +25,8 @@ Cause = Literal["penalty", "deadline"]
 
 @dataclass(frozen=True)
 class HardenedRecord:
-    """One permutation that became an index: at which step, at which normalised penalty, why, how many entries had
-    moved."""
+    """One permutation that became its last index: after which step, at which normalised penalty (0 where it was an
+    index all along), why, how many entries had moved."""
 
     step: int
     layer: str
@@ -35,22 +35,27 @@ class HardenedRecord:
     moved: int
 
 
-class Hardener:
-    """The soft permutations of a model by label (the layer's name, with its side where both are soft) and their
-    schedule.
+def labelled(layers: Mapping[str, SparseLinear]) -> dict[str, Permutation]:
+    """The permutations of layers by label: the layer's name, with the side where both have one.
 
     One that several layers share is there once, under the name of the first of them.
     """
+    found: dict[str, Permutation] = {}
+    for name, layer in layers.items():
+        sides = list(layer.permutations())
+        for side, perm in sides:
+            if all(perm is not other for other in found.values()):
+                found[name if len(sides) == 1 else f"{name}:{side}"] = perm
+    return found
+
+
+class Hardener:
+    """The soft permutations of a model by label and their schedule."""
 
     def __init__(self, layers: Mapping[str, SparseLinear], recipe: Recipe) -> None:
         self.recipe = recipe.permutation
         self.steps = recipe.training.steps
-        self.soft: dict[str, Permutation] = {}
-        for name, layer in layers.items():
-            sides = list(layer.permutations())
-            for side, perm in sides:
-                if perm.is_soft and all(perm is not other for other in self.soft.values()):
-                    self.soft[name if len(sides) == 1 else f"{name}:{side}"] = perm
+        self.soft = {label: perm for label, perm in labelled(layers).items() if perm.is_soft}
 
     def penalty_weight(self, done: int) -> float:
         """Lambda after `done` steps: a line from 0 at `earliest` to its full value at `deadline`."""
