@@ -63,7 +63,7 @@ class Step(Event):
 class Hardened(Event):
     """A learned permutation became its last index; `moved` of its entries differ from where it started.
 
-    `penalty` is the normalised one it had as a matrix, 0 where it was an index all along (learner `projected`).
+    `penalty` is the normalised one it had as a matrix, 0 where it was an index all along (all learners but `soft`).
     """
 
     step: int

@@ -18,7 +18,7 @@ from padst_cli.errors import PadstError, nearest
 
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
-Learner = Literal["soft", "projected"]
+Learner = Literal["soft", "projected", "straight-through"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
@@ -55,7 +55,9 @@ class PermutationRecipe(_Strict):
 
     `learner` counts for kind "learned": "soft" trains a doubly stochastic matrix, "projected" a dense weight behind the
     support, from which order and support are chosen anew at every support update; an order must then keep more of the
-    saliency than the one before by `margin`, a share of it. Both begin at the assignment.
+    saliency than the one before by `margin`, a share of it. "straight-through" trains a matrix as "soft" does, in
+    groups of at most `group` neighbours, but computes with the permutation nearest to it, renewed every `resolve_every`
+    steps; of the schedule it takes `mixing`, `learning_rate` and `deadline`. All begin at the assignment.
 
     `share` gives the layers that read the same input (query, key and value; gate and up) one input permutation.
 
@@ -77,12 +79,19 @@ class PermutationRecipe(_Strict):
     earliest: float = Field(default=0.05, ge=0.0, le=1.0)
     deadline: float = Field(default=0.3, gt=0.0, le=1.0)
     margin: float = Field(default=0.01, ge=0.0, lt=1.0)
+    group: int = Field(default=256, ge=2)
+    resolve_every: int = Field(default=1, ge=1)
     assignment_rounds: int = Field(default=8, ge=1)
 
     @property
     def is_soft(self) -> bool:
         """Whether permutations begin as matrices."""
-        return self.kind == "learned" and self.learner == "soft"
+        return self.kind == "learned" and self.learner != "projected"
+
+    @property
+    def lookup_group(self) -> int | None:
+        """The largest group of the learner `straight-through`, None for the others."""
+        return self.group if self.kind == "learned" and self.learner == "straight-through" else None
 
     @property
     def is_projected(self) -> bool:

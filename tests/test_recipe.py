@@ -77,7 +77,10 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"seed": -1}, ["seed is -1"]),
         ({"seed": 2**32}, ["seed"]),
         ({"permutation": {"delta": 1.0}}, ["permutation.delta"]),
-        ({"permutation": {"learner": "hard"}}, ["permutation.learner is 'hard'; it should be 'soft' or 'projected'"]),
+        (
+            {"permutation": {"learner": "hard"}},
+            ["permutation.learner is 'hard'; it should be 'soft', 'projected' or 'straight-through'"],
+        ),
         ({"permutation": {"margin": 1.0}}, ["permutation.margin"]),
         ({"support": {"fraction": 1.5}}, ["support.fraction"]),
         ({"support": {"method": "dynadiag"}, "structure": "block"}, ["dynadiag", "diag"]),
@@ -118,6 +121,7 @@ def test_updated_changes_dotted_keys_only() -> None:
     [
         ("learned", "soft", True, False),
         ("learned", "projected", False, True),
+        ("learned", "straight-through", True, False),
         ("assignment", "soft", False, False),
         ("none", "projected", False, False),
     ],

@@ -23,6 +23,7 @@ from padst_cli.recipe import Recipe
 from padst_cli.structures.base import Structure
 from padst_cli.training.dynadiag import DiagonalGates
 from padst_cli.training.latent import Latent
+from padst_cli.training.straight_through import HardLookup
 
 DENSE_PRODUCT = "torch-dense-masked"
 """The name of the product that does not skip zeros."""
@@ -46,31 +47,46 @@ class _Masked(torch.autograd.Function):
 class Permutation(nn.Module):
     """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
 
-    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M) and `index` (a
-    buffer) is there.
+    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M), `lookup` (the
+    learner `straight-through`, given a `group`) and `index` (a buffer) is there.
     """
 
-    def __init__(self, start: Tensor, *, mixing: float | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        mixing: float | None,
+        dtype: torch.dtype = torch.float32,
+        group: int | None = None,
+    ) -> None:
         super().__init__()
         self.start: Tensor
         self.index: Tensor | None
         self.register_buffer("start", start.clone())
-        soft = None if mixing is None else nn.Parameter(project(soften(start, mixing, dtype)).log())
+        soft, lookup = None, None
+        if mixing is not None and group is not None:
+            lookup = HardLookup(start, mixing, group, dtype)
+        elif mixing is not None:
+            soft = nn.Parameter(project(soften(start, mixing, dtype)).log())
+        self.lookup = lookup
         self.register_parameter("log_matrix", soft)
         self.register_buffer("index", start.clone() if mixing is None else None)
 
     @property
     def is_soft(self) -> bool:
-        """Whether it is still being learned."""
-        return self.log_matrix is not None
+        """Whether it is still being learned by a matrix."""
+        return self.index is None
 
     def matrix(self) -> Tensor:
-        """M `[d, d]`, differentiable; only while soft."""
+        """M `[d, d]`, differentiable; only while soft and not looked up."""
         assert self.log_matrix is not None
         return balanced(self.log_matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """Permute the last dimension of `x` `[..., d]`."""
+        if self.lookup is not None:
+            permuted: Tensor = self.lookup(x, self.start)
+            return permuted
         if self.index is None:
             return F.linear(x, self.matrix())
         return x.index_select(-1, self.index)
@@ -78,17 +94,22 @@ class Permutation(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring the soft matrix back into the Birkhoff polytope after an optimizer step."""
+        if self.lookup is not None:
+            self.lookup.project()
+            return
         assert self.log_matrix is not None
         self.log_matrix.copy_(project(self.matrix()).log())
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """The index, int32 `[d]`; while soft, the permutation nearest to the matrix."""
+        """The index, int32 `[d]`; while soft, that in use or else the permutation nearest to the matrix."""
+        if self.lookup is not None:
+            return self.lookup.index
         return nearest_permutation(self.matrix()) if self.index is None else self.index
 
     def harden(self, index: Tensor) -> None:
         """Drop the matrix and keep `index`."""
-        self.log_matrix = None
+        self.log_matrix = self.lookup = None
         self.index = index.to(device=self.start.device, dtype=torch.int32)
 
     @torch.no_grad()
@@ -279,7 +300,7 @@ def sparsify_modules(
             if recipe.permutation.kind == "learned" and side in planned.sides:
                 index = identity(sizes[side]) if index is None else index
                 mixing = recipe.permutation.mixing if recipe.permutation.is_soft else None
-                perms[side] = Permutation(index, mixing=mixing, dtype=dtype)
+                perms[side] = Permutation(index, mixing=mixing, dtype=dtype, group=recipe.permutation.lookup_group)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
         if planned.shared and perms["input"] is not None:

@@ -214,7 +214,7 @@ class _Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.hardener.project()
+        self.hardener.project(index + 1)
         self.progress.step = index + 1
         self.progress.items_seen += self.recipe.training.batch_size
         self.progress.loss = terms.pop("loss")
@@ -235,7 +235,7 @@ class _Trainer:
             self.accelerator.backward(loss / accumulation)
             for key, value in {"loss": loss.detach(), **terms}.items():
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value / accumulation
-        if self.hardener.soft:
+        if self.hardener.penalised:
             # Once a step, in full precision; the same in every process, so that averaging leaves it as it is.
             penalty = self.hardener.penalty()
             self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)

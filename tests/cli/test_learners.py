@@ -13,16 +13,16 @@ from tests.cli.conftest import Padst
 
 
 def test_plan_counts_matrices_only_for_the_soft_learner(padst: Padst, gpt2: Path) -> None:
-    soft, projected, fixed = (
-        padst.json("plan", gpt2, *flags)["run_bytes"]
-        for flags in (["--learner", "soft"], ["--learner", "projected"], ["--permutation", "assignment"])
+    soft, looked_up, projected = (
+        padst.json("plan", gpt2, "--learner", learner)["run_bytes"]
+        for learner in ("soft", "straight-through", "projected")
     )
-    assert soft > projected == fixed
+    assert soft == looked_up > projected == padst.json("plan", gpt2, "--permutation", "assignment")["run_bytes"]
 
 
 def test_what_a_learner_does_not_take_is_refused(padst: Padst, gpt2: Path) -> None:
     assert "takes no dst method" in padst.error("plan", gpt2, "--learner", "projected", "--dst", "set")
-    assert "'soft' or 'projected'" in padst.error("plan", gpt2, "--learner", "harsh")
+    assert "'soft', 'projected' or 'straight-through'" in padst.error("plan", gpt2, "--learner", "harsh")
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -37,6 +37,7 @@ PROJECTED = {"permutation.learner": "projected"}
         {"structure": "nm", "support.method": "set"},
         PROJECTED,
         {"structure": "block", "permutation.side": "both", **PROJECTED},
+        {"permutation.learner": "straight-through", "permutation.group": 12, "permutation.resolve_every": 3},
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(bench, tmp_path, events, stop, changes):

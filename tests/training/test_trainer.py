@@ -154,7 +154,11 @@ for number, changes in enumerate(json.loads(sys.argv[3])):
     assert result.permutations["learned"] == 8 and result.support_moved > 0
     torch.save(student.state_dict(), f"{sys.argv[2]}/{number}-{PartialState().process_index}.pt")
 """
-LEARNERS = [{"permutation.mixing": 0.3}, {"permutation.learner": "projected"}]
+LEARNERS = [
+    {"permutation.mixing": 0.3},
+    {"permutation.learner": "projected"},
+    {"permutation.learner": "straight-through"},
+]
 
 
 def test_two_processes_agree_with_each_other_and_with_one(bench, tmp_path):
