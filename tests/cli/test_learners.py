@@ -1,4 +1,4 @@
-"""`--learner projected` end to end: the plan's memory, the run's files, export, and what it refuses."""
+"""The learners that compute with indices, end to end: the plan, the files of a run, export, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ def test_what_a_learner_does_not_take_is_refused(padst: Padst, gpt2: Path) -> No
     assert "'soft', 'projected' or 'straight-through'" in padst.error("plan", gpt2, "--learner", "harsh")
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_projected_end_to_end(
-    padst: Padst, llamas: dict[str, Path], train_text: Path, heldout_text: Path, tmp_path: Path, share: bool
+@pytest.mark.parametrize(("learner", "share"), [("projected", False), ("projected", True), ("straight-through", True)])
+def test_end_to_end(
+    padst: Padst,
+    llamas: dict[str, Path],
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    learner: str,
+    share: bool,
 ) -> None:
     model, folder, out = str(llamas["untied"]), tmp_path / "run", tmp_path / "packed"
     recipe = Recipe(model=model, structure="block", data=str(train_text), eval_data=str(heldout_text)).updated(
         {
             "sparsity": 0.5,
-            "permutation.learner": "projected",
+            "permutation.learner": learner,
+            "permutation.learning_rate": 1.0,
+            "permutation.deadline": 0.75,
             "permutation.margin": 0.0,
             "permutation.share": share,
             "support.every": 2,
@@ -44,7 +52,7 @@ def test_projected_end_to_end(
         }
     )
     pipeline.sparsify(model, recipe, folder)
-    assert load_recipe(str(folder / "recipe.yaml")).permutation.is_projected
+    assert load_recipe(str(folder / "recipe.yaml")) == recipe
     counts = json.loads((folder / "results.json").read_text())["permutations"]
     assert counts["learned"] == counts["hardened_at_deadline"] == (8 if share else 14)
     assert counts["moved_from_start"] > 0
