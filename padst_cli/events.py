@@ -61,7 +61,10 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Hardened(Event):
-    """A soft permutation became an index; `moved` of its entries differ from where it started."""
+    """A learned permutation became its last index; `moved` of its entries differ from where it started.
+
+    `penalty` is the normalised one it had as a matrix, 0 where it was an index all along (all learners but `soft`).
+    """
 
     step: int
     layer: str

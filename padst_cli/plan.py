@@ -108,14 +108,20 @@ class Plan:
         packed = sum(layer.packed_bytes(value_dtype) for layer in self.layers)
         return packed + self.other_parameters * dtype.itemsize
 
-    def run_bytes(self, soft: bool, distill: bool) -> int:
-        """Rough peak of `sparsify` in bytes, float32: student, gradient, two moments; soft matrices too; a teacher."""
+    def run_bytes(self, soft: bool, distill: bool, group: int | None = None) -> int:
+        """Rough peak of `sparsify` in bytes, float32: student, gradient, two moments; soft matrices too; a teacher.
+
+        Weights and their moments are dense in training, so that a latent weight takes no more. Soft matrices come in
+        groups of at most `group` entries where it is given.
+        """
         student = (self._target_entries + self.other_parameters) * torch.float32.itemsize
         total = 4 * student + distill * self.dense_bytes(torch.float32)
         if soft:
             for layer in self.layers:
                 lengths = {"input": layer.in_features if layer.leads else 0, "output": layer.out_features}
-                total += 4 * sum(4 * lengths[side] ** 2 for side in layer.sides)
+                for length in (lengths[side] for side in layer.sides):
+                    size = min(length, group or length)
+                    total += 4 * torch.float32.itemsize * size * size * -(-length // max(size, 1))
         return total
 
 

@@ -18,6 +18,7 @@ from padst_cli.errors import PadstError, nearest
 
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
+Learner = Literal["soft", "projected", "straight-through"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
@@ -50,18 +51,25 @@ class _Strict(BaseModel):
 
 
 class PermutationRecipe(_Strict):
-    """How each layer's permutation is found, and the schedule of the soft learner.
+    """How each layer's permutation is found, and what its learner needs.
+
+    `learner` counts for kind "learned": "soft" trains a doubly stochastic matrix, "projected" a dense weight behind the
+    support, from which order and support are chosen anew at every support update; an order must then keep more of the
+    saliency than the one before by `margin`, a share of it. "straight-through" trains a matrix as "soft" does, in
+    groups of at most `group` neighbours, but computes with the permutation nearest to it, renewed every `resolve_every`
+    steps; of the schedule it takes `mixing`, `learning_rate` and `deadline`. All begin at the assignment.
 
     `share` gives the layers that read the same input (query, key and value; gate and up) one input permutation.
 
-    Shares are fractions of all training steps. `mixing` is how much of the soft matrix starts spread evenly over its
-    row; `delta` is the normalised penalty under which a layer hardens (0.22, after PA-DST); `penalty_weight` is the
-    lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline` share, when whatever is still soft is
-    hardened. No layer hardens before the `earliest` share, so that every permutation has had its chance to move.
+    The rest is the schedule of "soft"; shares are fractions of all training steps. `mixing` is how much of the soft
+    matrix starts spread evenly over its row; `delta` is the normalised penalty under which a layer hardens (0.22, after
+    PA-DST); `penalty_weight` is the lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline`
+    share, when whatever is still soft is hardened. No layer hardens before the `earliest` share, so that every
+    permutation has had its chance to move.
     """
 
     kind: PermutationKind = "learned"
-    learner: Literal["soft"] = "soft"
+    learner: Learner = "soft"
     side: Side = "auto"
     share: bool = False
     mixing: float = Field(default=0.3, ge=0.0, lt=1.0)
@@ -70,7 +78,25 @@ class PermutationRecipe(_Strict):
     learning_rate: float = Field(default=0.05, gt=0.0)
     earliest: float = Field(default=0.05, ge=0.0, le=1.0)
     deadline: float = Field(default=0.3, gt=0.0, le=1.0)
+    margin: float = Field(default=0.01, ge=0.0, lt=1.0)
+    group: int = Field(default=256, ge=2)
+    resolve_every: int = Field(default=1, ge=1)
     assignment_rounds: int = Field(default=8, ge=1)
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether permutations begin as matrices."""
+        return self.kind == "learned" and self.learner != "projected"
+
+    @property
+    def lookup_group(self) -> int | None:
+        """The largest group of the learner `straight-through`, None for the others."""
+        return self.group if self.kind == "learned" and self.learner == "straight-through" else None
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether layers begin with a latent dense weight."""
+        return self.kind == "learned" and self.learner == "projected"
 
     @model_validator(mode="after")
     def _shares_inputs(self) -> Self:
@@ -83,7 +109,8 @@ class SupportRecipe(_Strict):
     """Dynamic sparse training: which units are dropped and grown, how many, how often and until when.
 
     `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
-    the run.
+    the run. With `permutation.learner` "projected" only `every` and `until` count: what moves follows from the latent
+    weight, which is dropped at `until`.
     """
 
     method: DstMethod = "rigl"
@@ -182,6 +209,11 @@ class Recipe(_Strict):
     def _fits_together(self) -> Self:
         if self.support.method == "dynadiag" and self.structure != "diag":
             raise ValueError("dst method 'dynadiag' learns scores of diagonals and needs structure 'diag'")
+        if self.permutation.is_projected and self.support.method != SupportRecipe().method:
+            raise ValueError(
+                f"learner 'projected' chooses the support by its latent weight and takes no dst method: leave "
+                f"'{self.support.method}' out"
+            )
         return self
 
     def updated(self, changes: Mapping[str, Any]) -> Recipe:

@@ -69,6 +69,14 @@ def test_soft_matrices_count_once():
     assert own.packed_bytes(torch.float32, torch.float32) == together.packed_bytes(torch.float32, torch.float32)
 
 
+def test_grouped_matrices_count_with_their_padding():
+    plan = plan_of("llama", {"permutation.side": "input"})
+    bare = plan.run_bytes(False, False)
+    entries = {32: 2 * 6 * 2 * 20**2, 48: 2 * 1 * 3 * 20**2}  # groups of 20 in two blocks; down_proj has 48 inputs
+    assert plan.run_bytes(True, False, group=20) - bare == 16 * sum(entries.values())
+    assert plan.run_bytes(True, False, group=64) == plan.run_bytes(True, False)
+
+
 def test_layers_of_unlike_groups_do_not_share(tmp_path):
     table = tmp_path / "allocation.yaml"
     table.write_text("k_proj: 0.8\n")

@@ -77,6 +77,11 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"seed": -1}, ["seed is -1"]),
         ({"seed": 2**32}, ["seed"]),
         ({"permutation": {"delta": 1.0}}, ["permutation.delta"]),
+        (
+            {"permutation": {"learner": "hard"}},
+            ["permutation.learner is 'hard'; it should be 'soft', 'projected' or 'straight-through'"],
+        ),
+        ({"permutation": {"margin": 1.0}}, ["permutation.margin"]),
         ({"support": {"fraction": 1.5}}, ["support.fraction"]),
         ({"support": {"method": "dynadiag"}, "structure": "block"}, ["dynadiag", "diag"]),
         ({"training": 5}, ["training"]),
@@ -109,6 +114,21 @@ def test_updated_changes_dotted_keys_only() -> None:
     assert (changed.training.steps, changed.sparsity, changed.targets) == (7, 0.5, ("q_proj",))
     assert recipe == Recipe(), "a recipe never changes in place"
     assert changed.updated({"training.steps": 1000, "sparsity": 0.9, "targets": ()}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("kind", "learner", "soft", "projected"),
+    [
+        ("learned", "soft", True, False),
+        ("learned", "projected", False, True),
+        ("learned", "straight-through", True, False),
+        ("assignment", "soft", False, False),
+        ("none", "projected", False, False),
+    ],
+)
+def test_a_learner_counts_for_learned_permutations(kind: str, learner: str, soft: bool, projected: bool) -> None:
+    permutation = Recipe().updated({"permutation.kind": kind, "permutation.learner": learner}).permutation
+    assert (permutation.is_soft, permutation.is_projected) == (soft, projected)
 
 
 def test_updated_checks_what_it_is_given() -> None:

@@ -46,7 +46,12 @@ FLAGS = (
     Flag("--nm", "nm", str, "N:M, for example 2:4; default: chosen by the sparsity."),
     Flag("--band", "band", int, "Diagonals come in aligned runs of this many (16 for GPUs)."),
     Flag("--permutation", "permutation.kind", str, "learned, assignment, random or none."),
-    Flag("--learner", "permutation.learner", str, "How a learned permutation is learned: soft."),
+    Flag(
+        "--learner",
+        "permutation.learner",
+        str,
+        "How a learned permutation is learned: soft, projected or straight-through.",
+    ),
     Flag("--side", "permutation.side", str, "auto, input, output or both."),
     Flag(
         "--share-permutations/--no-share-permutations",

@@ -37,12 +37,12 @@ def soften(perm: Tensor, mixing: float, dtype: torch.dtype = torch.float32) -> T
 
 
 def balanced(log_matrix: Tensor) -> Tensor:
-    """M `[d, d]` of its logarithm, one Sinkhorn sweep on: the same matrix where it was in the polytope.
+    """M `[..., d, d]` of its logarithm, one Sinkhorn sweep on: the same matrix where it was in the polytope.
 
     The sweep is there for its gradient, which points along the polytope. Without it whole rows would be told to rise or
     fall, which the next projection takes back, and Adam would see nothing else.
     """
-    return torch.softmax(torch.log_softmax(log_matrix, dim=1), dim=0)
+    return torch.softmax(torch.log_softmax(log_matrix, dim=-1), dim=-2)
 
 
 def penalty(matrix: Tensor) -> Tensor:
@@ -63,16 +63,16 @@ def normalised_penalty(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def project(matrix: Tensor) -> Tensor:
-    """A nonnegative matrix `[d, d]` brought to the Birkhoff polytope by normalising its rows and columns in turn.
+    """A nonnegative matrix `[..., d, d]` brought to the Birkhoff polytope by normalising its rows and columns in turn.
 
     The alternation is Sinkhorn's (1967), run until every row sum is within 1e-5 of 1 right after the columns were
     normalised. No entry is left at zero: it could never grow again.
     """
-    matrix = matrix.clamp(min=_FLOOR / matrix.shape[0])
+    matrix = matrix.clamp(min=_FLOOR / matrix.shape[-1])
     for _ in range(_MAX_SWEEPS):
-        matrix /= matrix.sum(1, keepdim=True)
-        matrix /= matrix.sum(0, keepdim=True)
-        if (matrix.sum(1) - 1.0).abs().max() < _TOLERANCE:
+        matrix /= matrix.sum(-1, keepdim=True)
+        matrix /= matrix.sum(-2, keepdim=True)
+        if (matrix.sum(-1) - 1.0).abs().max() < _TOLERANCE:
             break
     return matrix
 

@@ -77,7 +77,7 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
         whole_model_density=made.whole_model_density,
         dense_bytes=made.dense_bytes(dtype),
         packed_bytes=made.packed_bytes(dtype, dtype),
-        run_bytes=made.run_bytes(recipe.permutation.kind == "learned", recipe.training.distill),
+        run_bytes=made.run_bytes(recipe.permutation.is_soft, recipe.training.distill, recipe.permutation.lookup_group),
         steps=recipe.training.steps,
         skipped=[{"name": skip.name, "reason": skip.reason} for skip in made.skipped],
         allocation=recipe.allocation,

@@ -20,7 +20,10 @@ MOST_POINTS: Final = 400
 
 @dataclass(frozen=True)
 class Hardening:
-    """When, at what normalised penalty and why one soft permutation became an index, and how many entries had moved."""
+    """When, at what normalised penalty and why one permutation became its last index, and how many entries had moved.
+
+    The penalty is 0 where it was an index all along.
+    """
 
     label: str
     step: int
@@ -128,6 +131,8 @@ def _penalties(steps: Sequence[Mapping[str, Any]], hardenings: Sequence[Hardenin
         for label, penalty in event.get("penalties", {}).items():
             curves.setdefault(label, []).append((event["step"], penalty))
     for done in hardenings:
+        if done.label not in curves and done.penalty == 0.0:
+            continue
         # The curve runs up to its mark, also where the log's steps are coarser than the schedule.
         curve = [point for point in curves.get(done.label, []) if point[0] < done.step]
         curves[done.label] = [*curve, (done.step, done.penalty)]

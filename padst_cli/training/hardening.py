@@ -25,8 +25,8 @@ Cause = Literal["penalty", "deadline"]
 
 @dataclass(frozen=True)
 class HardenedRecord:
-    """One permutation that became an index: at which step, at which normalised penalty, why, how many entries had
-    moved."""
+    """One permutation that became its last index: after which step, at which normalised penalty (0 where it was an
+    index all along), why, how many entries had moved."""
 
     step: int
     layer: str
@@ -35,22 +35,27 @@ class HardenedRecord:
     moved: int
 
 
-class Hardener:
-    """The soft permutations of a model by label (the layer's name, with its side where both are soft) and their
-    schedule.
+def labelled(layers: Mapping[str, SparseLinear]) -> dict[str, Permutation]:
+    """The permutations of layers by label: the layer's name, with the side where both have one.
 
     One that several layers share is there once, under the name of the first of them.
     """
+    found: dict[str, Permutation] = {}
+    for name, layer in layers.items():
+        sides = list(layer.permutations())
+        for side, perm in sides:
+            if all(perm is not other for other in found.values()):
+                found[name if len(sides) == 1 else f"{name}:{side}"] = perm
+    return found
+
+
+class Hardener:
+    """The soft permutations of a model by label and their schedule."""
 
     def __init__(self, layers: Mapping[str, SparseLinear], recipe: Recipe) -> None:
         self.recipe = recipe.permutation
         self.steps = recipe.training.steps
-        self.soft: dict[str, Permutation] = {}
-        for name, layer in layers.items():
-            sides = list(layer.permutations())
-            for side, perm in sides:
-                if perm.is_soft and all(perm is not other for other in self.soft.values()):
-                    self.soft[name if len(sides) == 1 else f"{name}:{side}"] = perm
+        self.soft = {label: perm for label, perm in labelled(layers).items() if perm.is_soft}
 
     def penalty_weight(self, done: int) -> float:
         """Lambda after `done` steps: a line from 0 at `earliest` to its full value at `deadline`."""
@@ -59,28 +64,39 @@ class Hardener:
             return self.recipe.penalty_weight
         return self.recipe.penalty_weight * min(1.0, max(0.0, (done - begin) / (end - begin)))
 
+    @property
+    def penalised(self) -> dict[str, Permutation]:
+        """Those that the forward pass multiplies by; what is only looked up is a permutation already."""
+        return {label: perm for label, perm in self.soft.items() if perm.lookup is None}
+
     def penalty(self) -> Tensor:
-        """The sum of the normalised penalties of all soft permutations, a scalar.
+        """The sum of the normalised penalties of all `penalised` permutations, a scalar.
 
         Normalised, because what a row of M does to the loss falls as one over its width; a sum, because layers do not
         share M.
         """
-        return torch.stack([normalised_penalty(perm.matrix()) for perm in self.soft.values()]).sum()
+        return torch.stack([normalised_penalty(perm.matrix()) for perm in self.penalised.values()]).sum()
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
-        """The normalised penalty of every soft permutation."""
-        return {label: float(normalised_penalty(perm.matrix())) for label, perm in self.soft.items()}
+        """The normalised penalty of every `penalised` permutation."""
+        return {label: float(normalised_penalty(perm.matrix())) for label, perm in self.penalised.items()}
 
-    def project(self) -> None:
-        """Bring all soft matrices back into the Birkhoff polytope after an optimizer step."""
+    def project(self, done: int) -> None:
+        """Bring all matrices back into the Birkhoff polytope after optimizer step `done`, and renew indices in use.
+
+        Indices follow their matrices every `resolve_every` steps; process 0 decides for all.
+        """
         for perm in self.soft.values():
             perm.project()
+            if perm.lookup is not None and done % self.recipe.resolve_every == 0:
+                perm.lookup.index.copy_(broadcast(perm.lookup.nearest(perm.start)))
 
     def due(self, done: int, final: bool = False) -> dict[str, tuple[float, Cause]]:
         """The permutations to harden after `done` steps, with their penalty and why; all of them where `final`."""
         if final or done >= self.recipe.deadline * self.steps:
-            return {label: (value, "deadline") for label, value in self.penalties().items()}
+            penalties = self.penalties()
+            return {label: (penalties.get(label, 0.0), "deadline") for label in self.soft}
         if done < self.recipe.earliest * self.steps:
             return {}
         return {label: (value, "penalty") for label, value in self.penalties().items() if value < self.recipe.delta}
@@ -88,8 +104,7 @@ class Hardener:
     def harden(self, label: str, done: int, penalty: float, cause: Cause, optimizer: Optimizer) -> HardenedRecord:
         """Round one permutation (process 0 does for all), take its matrix out of the optimizer and keep the index."""
         perm = self.soft.pop(label)
-        matrix = perm.log_matrix
-        assert matrix is not None
+        (matrix,) = perm.parameters()
         perm.harden(broadcast(perm.rounded()))
         forget_parameter(optimizer, matrix)
         return HardenedRecord(done, label, penalty, cause, perm.moved)

@@ -16,12 +16,14 @@ from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from torch import Tensor, nn
 
 from padst_cli.initialise.start import LayerStart
-from padst_cli.permutation.apply import identity
+from padst_cli.permutation.apply import identity, to_structure
 from padst_cli.permutation.soft import balanced, nearest_permutation, project, soften
-from padst_cli.plan import Plan
+from padst_cli.plan import LayerPlan, Plan
 from padst_cli.recipe import Recipe
 from padst_cli.structures.base import Structure
 from padst_cli.training.dynadiag import DiagonalGates
+from padst_cli.training.latent import Latent
+from padst_cli.training.straight_through import HardLookup
 
 DENSE_PRODUCT = "torch-dense-masked"
 """The name of the product that does not skip zeros."""
@@ -45,31 +47,46 @@ class _Masked(torch.autograd.Function):
 class Permutation(nn.Module):
     """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
 
-    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M) and `index` (a
-    buffer) is there.
+    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M), `lookup` (the
+    learner `straight-through`, given a `group`) and `index` (a buffer) is there.
     """
 
-    def __init__(self, start: Tensor, *, mixing: float | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        mixing: float | None,
+        dtype: torch.dtype = torch.float32,
+        group: int | None = None,
+    ) -> None:
         super().__init__()
         self.start: Tensor
         self.index: Tensor | None
         self.register_buffer("start", start.clone())
-        soft = None if mixing is None else nn.Parameter(project(soften(start, mixing, dtype)).log())
+        soft, lookup = None, None
+        if mixing is not None and group is not None:
+            lookup = HardLookup(start, mixing, group, dtype)
+        elif mixing is not None:
+            soft = nn.Parameter(project(soften(start, mixing, dtype)).log())
+        self.lookup = lookup
         self.register_parameter("log_matrix", soft)
         self.register_buffer("index", start.clone() if mixing is None else None)
 
     @property
     def is_soft(self) -> bool:
-        """Whether it is still being learned."""
-        return self.log_matrix is not None
+        """Whether it is still being learned by a matrix."""
+        return self.index is None
 
     def matrix(self) -> Tensor:
-        """M `[d, d]`, differentiable; only while soft."""
+        """M `[d, d]`, differentiable; only while soft and not looked up."""
         assert self.log_matrix is not None
         return balanced(self.log_matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """Permute the last dimension of `x` `[..., d]`."""
+        if self.lookup is not None:
+            permuted: Tensor = self.lookup(x, self.start)
+            return permuted
         if self.index is None:
             return F.linear(x, self.matrix())
         return x.index_select(-1, self.index)
@@ -77,18 +94,29 @@ class Permutation(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring the soft matrix back into the Birkhoff polytope after an optimizer step."""
+        if self.lookup is not None:
+            self.lookup.project()
+            return
         assert self.log_matrix is not None
         self.log_matrix.copy_(project(self.matrix()).log())
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """The index, int32 `[d]`; while soft, the permutation nearest to the matrix."""
+        """The index, int32 `[d]`; while soft, that in use or else the permutation nearest to the matrix."""
+        if self.lookup is not None:
+            return self.lookup.index
         return nearest_permutation(self.matrix()) if self.index is None else self.index
 
     def harden(self, index: Tensor) -> None:
         """Drop the matrix and keep `index`."""
-        self.log_matrix = None
+        self.log_matrix = self.lookup = None
         self.index = index.to(device=self.start.device, dtype=torch.int32)
+
+    @torch.no_grad()
+    def set_index(self, index: Tensor) -> None:
+        """Take another `index` int32 `[d]`; only where it is hard."""
+        assert self.index is not None
+        self.index.copy_(index)
 
     @property
     def moved(self) -> int:
@@ -101,7 +129,7 @@ class SparseLinear(nn.Module):
 
     `weight` is a Parameter over all of `[out, in]`. Its `.grad` is dense where `dense_gradient` asks for it, so that
     support updates can look outside the mask, and may be dense otherwise: whoever steps it must zero it outside `mask`
-    first. Input `[..., in]`, output `[..., out]`.
+    first, except while `latent` is there (`training/projected.py`). Input `[..., in]`, output `[..., out]`.
 
     The product with S runs on compiled kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
     a dense product with the masked weight. A permutation that is an index is folded into the kernel.
@@ -116,6 +144,7 @@ class SparseLinear(nn.Module):
         perm_in: Permutation | None = None,
         perm_out: Permutation | None = None,
         gates: DiagonalGates | None = None,
+        latent: Latent | None = None,
     ) -> None:
         super().__init__()
         self.mask: Tensor
@@ -127,6 +156,7 @@ class SparseLinear(nn.Module):
         self.perm_in = perm_in
         self.perm_out = perm_out
         self.gates = gates
+        self.latent = latent
         self.dense_gradient = True
         self.computed_by: str | None = None
         """What computed the last product with S."""
@@ -148,8 +178,17 @@ class SparseLinear(nn.Module):
             self.weight.copy_(self.effective_weight())
             self.gates = None
 
+    @torch.no_grad()
+    def drop_latent(self) -> None:
+        """Zero all values outside the mask and be an ordinary layer; nothing where the weight is not latent."""
+        if self.latent is not None:
+            self.weight.masked_fill_(~self.mask, 0.0)
+            self.latent = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` `[..., in]`."""
+        if self.latent is not None and self.training:
+            self.latent.see(x)
         soft_in, soft_out = (
             perm if perm is not None and perm.is_soft else None for perm in (self.perm_in, self.perm_out)
         )
@@ -236,10 +275,10 @@ def sparsify_modules(
 ) -> None:
     """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
 
-    With permutations of kind "learned" the planned sides begin soft around the start's permutation (the identity where
-    it has none); otherwise the start's permutations are taken as they are. Layers that share their input permutation
-    hold the same module. DynaDiag ranks inactive diagonals by the
-    dense weights of `teacher`, which it needs.
+    With permutations of kind "learned" the planned sides begin at the start's permutation (the identity where it has
+    none), soft around it where the learner wants that; otherwise the start's permutations are taken as they are. Layers
+    that share their input permutation hold the same module. DynaDiag and the learner `projected` need `teacher`, whose
+    dense weights are the latent values outside the support.
     """
     shared: dict[str, Permutation] = {}
     for planned in plan.layers:
@@ -247,19 +286,21 @@ def sparsify_modules(
         old = student.get_submodule(planned.name)
         old_weight = old.get_parameter("weight")
         dtype = old_weight.dtype
-        gates = None
+        gates = latent = None
         weight = start.weight
         if recipe.support.method == "dynadiag":
-            if teacher is None:
-                raise ValueError("dynadiag needs the dense model")
-            dense = teacher.get_submodule(planned.name).get_parameter("weight").detach()
-            gates, weight = DiagonalGates.from_start(start, dense.T if planned.transposed else dense)
+            gates, weight = DiagonalGates.from_start(start, _dense_weight(teacher, planned))
+        elif recipe.permutation.is_projected:
+            latent = Latent(planned.in_features, dtype)
+            dense = to_structure(_dense_weight(teacher, planned).to(start.weight), start.perm_in, start.perm_out)
+            weight = torch.where(start.mask, start.weight, dense)
         perms: dict[str, Permutation | None] = {"input": None, "output": None}
         sizes = {"input": planned.in_features, "output": planned.out_features}
         for side, index in (("input", start.perm_in), ("output", start.perm_out)):
             if recipe.permutation.kind == "learned" and side in planned.sides:
                 index = identity(sizes[side]) if index is None else index
-                perms[side] = Permutation(index, mixing=recipe.permutation.mixing, dtype=dtype)
+                mixing = recipe.permutation.mixing if recipe.permutation.is_soft else None
+                perms[side] = Permutation(index, mixing=mixing, dtype=dtype, group=recipe.permutation.lookup_group)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
         if planned.shared and perms["input"] is not None:
@@ -272,10 +313,19 @@ def sparsify_modules(
             perms["input"],
             perms["output"],
             gates,
+            latent,
         )
         new.train(old.training)
         parent, _, leaf = planned.name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, new.to(old_weight.device))
+
+
+def _dense_weight(teacher: nn.Module | None, planned: LayerPlan) -> Tensor:
+    """The dense model's W `[out, in]` of a planned layer."""
+    if teacher is None:
+        raise ValueError("the dense model is needed for latent values")
+    dense = teacher.get_submodule(planned.name).get_parameter("weight").detach()
+    return dense.T if planned.transposed else dense
 
 
 def finished_layers(student: nn.Module) -> dict[str, SparseState]:
@@ -295,7 +345,7 @@ def finished_layers(student: nn.Module) -> dict[str, SparseState]:
 
 
 def match_layout(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Harden what was hard and fold what was folded when the state was saved, so that its tensors find their places."""
+    """Harden, fold and settle what was so when the state was saved, so that its tensors find their places."""
     for name, layer in sparse_layers(model).items():
         for side, perm in layer.permutations():
             key = f"{name}.perm_{'in' if side == 'input' else 'out'}.index"
@@ -303,3 +353,5 @@ def match_layout(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
                 perm.harden(saved[key])
         if layer.gates is not None and f"{name}.gates.scores" not in saved:
             layer.gates = None
+        if layer.latent is not None and f"{name}.latent.squares" not in saved:
+            layer.latent = None

@@ -27,6 +27,7 @@ from padst_cli.recipe import Recipe
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
 from padst_cli.training.objective import Batch, Objective
+from padst_cli.training.projected import Projection
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import match_layout, sparse_layers
@@ -137,6 +138,7 @@ class _Trainer:
             self._agree()
         self.layers = sparse_layers(self.model)
         self.hardener = Hardener(self.layers, self.recipe)
+        self.projection = Projection(self.layers, self.recipe)
         self._build_optimizer()
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -204,7 +206,7 @@ class _Trainer:
         self._check_finite(terms["loss"], "loss")
         self._move_support(index)
         for layer in self.layers.values():
-            if layer.weight.grad is not None:
+            if layer.weight.grad is not None and layer.latent is None:
                 layer.weight.grad.masked_fill_(~layer.mask, 0.0)
         # Soft matrices are left out: the size of their penalty's gradient says nothing about the weights' step.
         norm = self.accelerator.clip_grad_norm_(self.weights, self.recipe.training.clip_norm)
@@ -212,7 +214,7 @@ class _Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.hardener.project()
+        self.hardener.project(index + 1)
         self.progress.step = index + 1
         self.progress.items_seen += self.recipe.training.batch_size
         self.progress.loss = terms.pop("loss")
@@ -224,7 +226,7 @@ class _Trainer:
         accumulation = self.recipe.training.accumulation
         due = is_due(self.recipe.support, index, self.recipe.training.steps)
         for layer in self.layers.values():
-            layer.dense_gradient = due
+            layer.dense_gradient = due or layer.latent is not None
         sums: dict[str, Tensor] = {}
         for part in range(accumulation):
             batch = self._rows_of(index, part)
@@ -233,7 +235,7 @@ class _Trainer:
             self.accelerator.backward(loss / accumulation)
             for key, value in {"loss": loss.detach(), **terms}.items():
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value / accumulation
-        if self.hardener.soft:
+        if self.hardener.penalised:
             # Once a step, in full precision; the same in every process, so that averaging leaves it as it is.
             penalty = self.hardener.penalty()
             self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)
@@ -242,6 +244,7 @@ class _Trainer:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            self.projection.average()
         return sums
 
     def _rows_of(self, index: int, part: int) -> Batch:
@@ -268,8 +271,10 @@ class _Trainer:
     # -- what sparse layers need -------------------------------------------------------------------------------------
 
     def _anneal(self, index: int) -> None:
-        """Set the temperature of DynaDiag's gates for this step, or fold them into the weights once they are done."""
+        """Set the temperature of DynaDiag's gates for this step; after the last update fold them and settle."""
         support, share = self.recipe.support, index / self.recipe.training.steps
+        if share >= support.until:
+            self._settle()
         for layer in self.layers.values():
             if layer.gates is None:
                 continue
@@ -282,24 +287,39 @@ class _Trainer:
         support, steps = self.recipe.support, self.recipe.training.steps
         if not is_due(support, index, steps) or not self.layers:
             return
-        fraction = fraction_at(support, index, steps)
-        moved = {}
-        for number, (name, layer) in enumerate(self.layers.items()):
-            mask = next_mask(layer, support, fraction, seeded(self.recipe.seed, index, number))
-            moved[name] = move_support(layer, broadcast(mask.view(torch.uint8)).view(torch.bool), self.optimizer)
+        if self.projection.layers:
+            moved = self.projection.update(index, self.optimizer)
+            fraction = sum(moved.values()) / sum(layer.structure.nonzeros for layer in self.layers.values())
+        else:
+            fraction = fraction_at(support, index, steps)
+            moved = self._drop_and_grow(index, fraction)
         self.progress.support_moved += sum(moved.values())
         self.on_event(SupportUpdated(index + 1, fraction, moved))
+
+    def _drop_and_grow(self, index: int, fraction: float) -> dict[str, int]:
+        moved = {}
+        for number, (name, layer) in enumerate(self.layers.items()):
+            mask = next_mask(layer, self.recipe.support, fraction, seeded(self.recipe.seed, index, number))
+            moved[name] = move_support(layer, broadcast(mask.view(torch.uint8)).view(torch.bool), self.optimizer)
+        return moved
 
     def _harden(self, final: bool = False) -> None:
         done = self.progress.step
         for label, (penalty, cause) in self.hardener.due(done, final).items():
-            record = self.hardener.harden(label, done, penalty, cause, self.optimizer)
-            self.progress.hardened.append(record)
-            self.on_event(Hardened(done, label, penalty, cause, record.moved))
+            self._record(self.hardener.harden(label, done, penalty, cause, self.optimizer))
+
+    def _settle(self) -> None:
+        for record in self.projection.settle(self.progress.step, self.optimizer):
+            self._record(record)
+
+    def _record(self, record: HardenedRecord) -> None:
+        self.progress.hardened.append(record)
+        self.on_event(Hardened(**asdict(record)))
 
     def _finish(self) -> None:
-        """Leave plain sparse layers behind: gates folded, every permutation an index."""
+        """Leave plain sparse layers behind: gates folded, latent values dropped, every permutation an index."""
         self._harden(final=True)
+        self._settle()
         for layer in self.layers.values():
             layer.fold_gates()
         self.model.eval()
@@ -322,7 +342,7 @@ class _Trainer:
             loss=progress.loss,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             hardened=hardened,
-            layers=hardened + len(self.hardener.soft),
+            layers=hardened + len(self.hardener.soft) + len(self.projection.permutations),
             seconds=progress.seconds,
             items_seen=progress.items_seen,
             terms=terms,

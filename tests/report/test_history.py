@@ -47,6 +47,12 @@ def test_curves_come_from_the_events_that_padst_logs() -> None:
     assert [(done.step, done.cause, done.moved) for done in curves.hardenings] == [(3, "penalty", 7)]
 
 
+def test_what_was_an_index_all_along_has_no_penalty() -> None:
+    curves = history([_step(1), Hardened(9, "a", 0.0, "deadline", 7).to_json(), _step(10)])
+    assert curves.penalties == {}
+    assert [(done.step, done.moved) for done in curves.hardenings] == [(9, 7)]
+
+
 def test_a_loss_of_one_part_has_no_second_curve() -> None:
     assert history([_step(1, terms={"task": 1.0})]).task_loss == ()
 

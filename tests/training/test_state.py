@@ -24,9 +24,22 @@ def interrupt_at(step, events):
     return on_event
 
 
-# Step 4 lies in the soft phase, between two support updates; step 8 after the deadline.
-@pytest.mark.parametrize("stop", [4, 8])
-@pytest.mark.parametrize("changes", [{}, {"support.method": "dynadiag"}, {"structure": "nm", "support.method": "set"}])
+PROJECTED = {"permutation.learner": "projected"}
+
+
+# Step 4 lies in the soft phase, between two support updates; step 8 after the deadline, step 10 after the last update.
+@pytest.mark.parametrize("stop", [4, 8, 10])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"support.method": "dynadiag"},
+        {"structure": "nm", "support.method": "set"},
+        PROJECTED,
+        {"structure": "block", "permutation.side": "both", **PROJECTED},
+        {"permutation.learner": "straight-through", "permutation.group": 12, "permutation.resolve_every": 3},
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(bench, tmp_path, events, stop, changes):
     recipe = bench.recipe(**changes)
     whole, whole_result = bench.train(recipe, dropout=0.2)

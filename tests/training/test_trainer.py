@@ -1,5 +1,6 @@
 """The loop: schedules, events, hardening, refusals, and several processes that agree with one."""
 
+import json
 import os
 import socket
 import subprocess
@@ -140,18 +141,24 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 WORKER = """
+import json
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import Bench
 
 bench = Bench()
-recipe = bench.recipe(**{"permutation.mixing": 0.3})
-student, result = bench.train(recipe, dtype=torch.float64)
-assert result.permutations["learned"] == 8 and result.support_moved > 0
 from accelerate import PartialState
-torch.save(student.state_dict(), f"{sys.argv[2]}/{PartialState().process_index}.pt")
+for number, changes in enumerate(json.loads(sys.argv[3])):
+    student, result = bench.train(bench.recipe(**changes), dtype=torch.float64)
+    assert result.permutations["learned"] == 8 and result.support_moved > 0
+    torch.save(student.state_dict(), f"{sys.argv[2]}/{number}-{PartialState().process_index}.pt")
 """
+LEARNERS = [
+    {"permutation.mixing": 0.3},
+    {"permutation.learner": "projected"},
+    {"permutation.learner": "straight-through"},
+]
 
 
 def test_two_processes_agree_with_each_other_and_with_one(bench, tmp_path):
@@ -167,20 +174,21 @@ def test_two_processes_agree_with_each_other_and_with_one(bench, tmp_path):
     }  # fmt: skip
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script), str(here), str(tmp_path)],
+            [sys.executable, str(script), str(here), str(tmp_path), json.dumps(LEARNERS)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    events = []
-    alone, _ = bench.train(bench.recipe(**{"permutation.mixing": 0.3}), dtype=torch.float64, on_event=events.append)
-    assert len(of(SupportUpdated, events)) == 2
-    assert of(Hardened, events)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for key, value in alone.state_dict().items():
-        assert torch.equal(first[key], second[key]), key
-        if value.is_floating_point():
-            torch.testing.assert_close(first[key], value, rtol=0, atol=1e-9)
-        else:
-            assert torch.equal(first[key], value), key
+    for number, changes in enumerate(LEARNERS):
+        events = []
+        alone, _ = bench.train(bench.recipe(**changes), dtype=torch.float64, on_event=events.append)
+        assert len(of(SupportUpdated, events)) == 2
+        assert of(Hardened, events)
+        first, second = (torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True) for rank in range(2))
+        for key, value in alone.state_dict().items():
+            assert torch.equal(first[key], second[key]), key
+            if value.is_floating_point():
+                torch.testing.assert_close(first[key], value, rtol=0, atol=1e-9)
+            else:
+                assert torch.equal(first[key], value), key
