@@ -33,7 +33,7 @@ def study_page(
     charts: Mapping[str, str],
     command: str,
 ) -> str:
-    """The whole page; `failures` are sentences by cell, `charts` file names by model, `open_cells` counts those to run."""
+    """The whole page; `failures` are sentences by cell, `charts` file names by model, `open_cells` of them wait."""
     parts = [_opening(study, cells, len(failures), open_cells, command)]
     for summary in summaries:
         parts += [_model(summary, charts[summary.model])]
