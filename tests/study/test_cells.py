@@ -89,5 +89,5 @@ def test_the_dense_model_is_tuned_once_a_model_and_seed() -> None:
 def test_an_impossible_recipe_names_its_cell() -> None:
     with pytest.raises(PadstError, match=r"cell 'one-.*training\.step.*did you mean 'steps'"):
         expand(grid(recipe={"training": {"step": 3}}))
-    with pytest.raises(PadstError, match="cell 'one-block-soft-0.8-seed0'.*dynadiag"):
+    with pytest.raises(PadstError, match=r"cell 'one-block-soft-0.8-seed0'.*dynadiag"):
         expand(grid(methods={"soft": {"support.method": "dynadiag"}}))
