@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from padst_cli.checkpoint.model_card import metric_name
-from padst_cli.report.charts import CONTROL, DASHED, DENSE, MUTED, SPARSE, WIDE, chart, depths, standalone
+from padst_cli.report.charts import CONTROL, DASHED, DENSE, INK, MUTED, SPARSE, WIDE, chart, depths, standalone
 from padst_cli.study.cells import UNSTRUCTURED
 from padst_cli.study.statistics import Interval
 from padst_cli.study.summary import ModelSummary, Row
@@ -51,22 +51,22 @@ def _with_legend(panel: Panel) -> Panel:
 
 def _panel(summary: ModelSummary, rows: list[tuple[float, Row]], structure: str) -> Panel:
     own = list(dict.fromkeys(row.method for _, row in rows if row.structure == structure != UNSTRUCTURED))
-    others = [name for name in own if name != "learned"]
-    colours: dict[str, Any] = dict(zip(others, depths(len(others)), strict=True)) | {"learned": SPARSE}
     controls = list(dict.fromkeys(row.method for _, row in rows if row.structure == UNSTRUCTURED))
+    styles = [(UNSTRUCTURED, name, style) for name, style in zip(controls, _control_styles(), strict=False)]
+    styles += [(structure, name, style) for name, style in _method_styles(own).items()]
+    sparsities = sorted({at for at, _ in rows})
+    # One sparsity has no lines: there the methods stand side by side.
+    apart = 0.0 if len(sparsities) > 1 else 0.03 / len(styles)
 
     def draw(axes: Axes) -> None:
         axes.axhline(_shown(summary, summary.dense), color=DENSE, **DASHED, label="dense, as it came")
         if summary.finetuned is not None:
             axes.axhline(_shown(summary, summary.finetuned.mean), color=CONTROL, **DASHED, label="dense, fine-tuned")
             _band(axes, summary, [0.0, 1.0], [summary.finetuned] * 2, CONTROL)
-        for number, method in enumerate(controls):
-            style = {"color": MUTED, "marker": "^v"[number % 2], "linestyle": ":"}
-            _line(axes, summary, [(at, row) for at, row in rows if row.structure == UNSTRUCTURED], method, style)
-        for method in own:
-            style = {"color": colours[method], "marker": "o", "linestyle": "--" if method == "frozen" else "-"}
-            _line(axes, summary, [(at, row) for at, row in rows if row.structure == structure], method, style)
-        sparsities = sorted({at for at, _ in rows})
+        for number, (kind, method, style) in enumerate(styles):
+            shift = apart * (number - (len(styles) - 1) / 2)
+            found = [(at + shift, row.score) for at, row in rows if (row.structure, row.method) == (kind, method)]
+            _line(axes, summary, found, _NAMES.get(method, method), style)
         axes.set_xticks(sparsities, [f"{at:g}" for at in sparsities])
         margin = 0.1 * (sparsities[-1] - sparsities[0]) or 0.02
         axes.set_xlim(sparsities[0] - margin, sparsities[-1] + margin)
@@ -75,8 +75,24 @@ def _panel(summary: ModelSummary, rows: list[tuple[float, Row]], structure: str)
     return draw
 
 
-def _line(axes: Axes, summary: ModelSummary, rows: list[tuple[float, Row]], method: str, style: dict[str, Any]) -> None:
-    found = [(at, row.score) for at, row in rows if row.method == method]
+def _control_styles() -> list[dict[str, Any]]:
+    return [{"color": MUTED, "marker": marker, "linestyle": ":"} for marker in "^v"]
+
+
+def _method_styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """The learned permutation stands out, none is in ink; the others' colours go through the rest."""
+    others = [name for name in methods if name not in ("learned", "none")]
+    colours: dict[str, Any] = dict(zip(others, depths(len(others) + 1)[1:], strict=True))
+    colours |= {"learned": SPARSE, "none": INK}
+    return {
+        name: {"color": colours[name], "marker": "o", "linestyle": "--" if name == "frozen" else "-"}
+        for name in methods
+    }
+
+
+def _line(
+    axes: Axes, summary: ModelSummary, found: list[tuple[float, Interval]], label: str, style: dict[str, Any]
+) -> None:
     places = [at for at, _ in found]
     scores = [score for _, score in found]
     axes.plot(
@@ -84,7 +100,7 @@ def _line(axes: Axes, summary: ModelSummary, rows: list[tuple[float, Row]], meth
         [_shown(summary, score.mean) for score in scores],
         markersize=4.5,
         linewidth=1.4,
-        label=_NAMES.get(method, method),
+        label=label,
         **style,
     )
     _band(axes, summary, places, scores, style["color"])

@@ -22,6 +22,8 @@ _NAMES: Final = {
     "frozen": "learned, frozen at its start",
 }
 _NOTHING: Final = "–"
+_FAILED_UNDER: Final = {"block": 0.5, "diag": 0.3}
+"""Gap closed, by structure, under which a learned permutation is not worth its name."""
 
 
 def study_page(
@@ -110,17 +112,34 @@ def _comparison(summary: ModelSummary, comparison: Comparison) -> str:
 
 
 def _headline(comparison: Comparison, contrasts: Sequence[Contrast]) -> str:
-    """One sentence a structure: learned against none and against the better control."""
+    """One sentence a structure: learned against none and against the better control, and whether it kept its word."""
     lines = []
+    fixed = {each.structure: each for each in contrasts if each.method == "assignment"}
     for each in contrasts:
         if each.method != "learned":
             continue
+        verdict = _verdict(each, fixed.get(each.structure))
         control = f"unstructured ({_NAMES.get(comparison.control or '', comparison.control)})"
         lines.append(
             f"- **{each.structure}, learned**: KL {_difference(each.none_kl)} against no permutation, "
-            f"{_difference(each.control_kl)} against {control}; gap closed {_share(each.gap)}."
+            f"{_difference(each.control_kl)} against {control}; gap closed {_share(each.gap)}.{verdict}"
         )
     return "\n".join(lines)
+
+
+def _verdict(learned: Contrast, assignment: Contrast | None) -> str:
+    """Whether learned, assignment and none stand in that order in the mean, and whether the gap stayed open."""
+    said = ""
+    if learned.assignment_kl is not None and assignment is not None and assignment.none_kl is not None:
+        steps = {"learned": learned.assignment_kl.mean, "assignment": assignment.none_kl.mean}
+        wrong = [name for name, difference in steps.items() if difference > 0.0]
+        beaten = {"learned": "assignment", "assignment": "no permutation"}
+        said += "".join(f" In the mean {name} is worse than {beaten[name]}." for name in wrong)
+        said += "" if wrong else " In the mean learned is no worse than assignment, and that no worse than none."
+    bound = _FAILED_UNDER.get(learned.structure)
+    if learned.gap is not None and bound is not None and learned.gap < bound:
+        said += f" Under {bound:g} of the gap: the method has failed here."
+    return said
 
 
 def _results_table(summary: ModelSummary, rows: Sequence[Row]) -> str:

@@ -70,11 +70,27 @@ def test_the_page_says_what_was_found(cells: list[CellFigures]) -> None:
     assert row(text, "block", "learned", "3").startswith("| block | learned | 3 | 1.25 ± 0.2484 | 2.639 ± 0 | 14 |")
     assert "- **block, learned**: KL **-0.75 [" in text
     assert "against no permutation" in text
-    assert "against unstructured (SET); gap closed 0.75." in text
+    assert "against unstructured (SET); gap closed 0.75. In the mean learned is no worse than assignment" in text
     assert row(text, "block", "learned", "100, 101, 102")
     assert row(text, "block", "learned", "100 ms (× 1.00)") == (
         "| block | learned | 100 ms (× 1.00) | 150 ms (× 1.50) | 500 MB (× 1.00) |"
     )
+
+
+def test_what_failed_is_called_so(figures: Make) -> None:
+    found = [
+        figures(structure, method, seed, value + seed / 100, 10.0, learned=int(method == "learned"))
+        for structure, method, value in (
+            ("unstructured", "rigl", 1.0),
+            ("block", "none", 2.0),
+            ("block", "assignment", 2.1),
+            ("block", "learned", 2.2),
+        )
+        for seed in (0, 1)
+    ]
+    text = page(found)
+    assert "gap closed -0.20. In the mean learned is worse than assignment." in text
+    assert "In the mean assignment is worse than no permutation. Under 0.5 of the gap: the method has failed" in text
 
 
 def test_one_seed_has_no_interval_and_no_gap(cells: list[CellFigures]) -> None:
