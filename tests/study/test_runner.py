@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from padst_cli.errors import PadstError
 from padst_cli.events import CellFinished, Event, Message
 from padst_cli.study import StudyRecipe, StudyResult, runner, study
-from padst_cli.study.folder import LOCK, CellFolder
+from padst_cli.study.folder import LOCK, CellFolder, locked
 
 # What a run leaves, and how one ends whose folder's name is in fates.json.
 RUN = r"""
@@ -223,6 +224,19 @@ def test_folders_that_are_in_the_way(bench: Bench) -> None:
             bench.run()
     assert bench.calls == []
     assert len(bench.run().cells) == 4
+
+
+def test_a_run_that_was_left_alone_holds_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / "out") as lock:
+        left = subprocess.Popen([sys.executable, "-S", "-E", "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        with pytest.raises(PadstError, match="a run of it that was left alone"), locked(tmp_path / "out"):
+            pytest.fail("two at work")
+    finally:
+        left.kill()
+        left.wait()
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).is_file()
 
 
 def test_the_command_of_a_cell(tmp_path: Path) -> None:
