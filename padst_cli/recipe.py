@@ -61,6 +61,7 @@ class PermutationRecipe(_Strict):
     row; `delta` is the normalised penalty under which a layer hardens (0.22, after PA-DST); `penalty_weight` is the
     lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline` share, when whatever is still soft is
     hardened. No layer hardens before the `earliest` share, so that every permutation has had its chance to move.
+
     `frozen` is the control of learning: the same soft matrices on the same schedule, never updated, so that they harden
     to where they began.
     """

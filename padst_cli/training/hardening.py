@@ -73,10 +73,9 @@ class Hardener:
         return {label: float(normalised_penalty(perm.matrix())) for label, perm in self.soft.items()}
 
     def project(self) -> None:
-        """Bring all soft matrices back into the Birkhoff polytope after an optimizer step; frozen ones never left."""
-        if not self.recipe.frozen:
-            for perm in self.soft.values():
-                perm.project()
+        """Bring all soft matrices back into the Birkhoff polytope after an optimizer step."""
+        for perm in self.soft.values():
+            perm.project()
 
     def due(self, done: int, final: bool = False) -> dict[str, tuple[float, Cause]]:
         """The permutations to harden after `done` steps, with their penalty and why; all of them where `final`."""

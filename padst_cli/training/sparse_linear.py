@@ -46,17 +46,15 @@ class Permutation(nn.Module):
     """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
 
     `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M) and `index` (a
-    buffer) is there. A `frozen` matrix takes no gradient and stays as it began.
+    buffer) is there.
     """
 
-    def __init__(
-        self, start: Tensor, *, mixing: float | None, dtype: torch.dtype = torch.float32, frozen: bool = False
-    ) -> None:
+    def __init__(self, start: Tensor, *, mixing: float | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.start: Tensor
         self.index: Tensor | None
         self.register_buffer("start", start.clone())
-        soft = None if mixing is None else nn.Parameter(project(soften(start, mixing, dtype)).log(), not frozen)
+        soft = None if mixing is None else nn.Parameter(project(soften(start, mixing, dtype)).log())
         self.register_parameter("log_matrix", soft)
         self.register_buffer("index", start.clone() if mixing is None else None)
 
@@ -78,8 +76,10 @@ class Permutation(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step."""
+        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step; a frozen one never left it."""
         assert self.log_matrix is not None
+        if not self.log_matrix.requires_grad:
+            return
         self.log_matrix.copy_(project(self.matrix()).log())
 
     @torch.no_grad()
@@ -261,8 +261,8 @@ def sparsify_modules(
         for side, index in (("input", start.perm_in), ("output", start.perm_out)):
             if recipe.permutation.kind == "learned" and side in planned.sides:
                 index = identity(sizes[side]) if index is None else index
-                learned = recipe.permutation
-                perms[side] = Permutation(index, mixing=learned.mixing, dtype=dtype, frozen=learned.frozen)
+                soft = Permutation(index, mixing=recipe.permutation.mixing, dtype=dtype)
+                perms[side] = soft.requires_grad_(not recipe.permutation.frozen)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
         if planned.shared and perms["input"] is not None:
