@@ -16,6 +16,7 @@ from padst_cli.commands.plan import plan
 from padst_cli.commands.push import push
 from padst_cli.commands.quickstart import quickstart
 from padst_cli.commands.sparsify import sparsify
+from padst_cli.commands.study import study
 
 app = typer.Typer(
     name="padst",
@@ -29,6 +30,7 @@ app.command()(quickstart)
 app.command()(plan)
 app.command()(sparsify)
 app.command("eval")(evaluate)
+app.command()(study)
 app.command()(export)
 app.command()(bench)
 app.command()(generate)

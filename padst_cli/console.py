@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from padst_cli.errors import PadstError
 from padst_cli.events import (
     CalibrationProgress,
+    CellFinished,
     Evaluated,
     Event,
     Message,
@@ -266,6 +267,8 @@ class Figures:
         if isinstance(event, CalibrationProgress):
             shown["error"] = f"error {event.error_mask:.3f} -> {event.error:.3f} after refit"
             return "calibrate", event.done, event.total
+        if isinstance(event, CellFinished):
+            return "study", event.done, event.total
         if isinstance(event, Evaluated):
             shown["metric"] = f"{event.metric} {event.value:.4g}"
         elif isinstance(event, SupportUpdated):

@@ -100,6 +100,15 @@ class Saved(Event):
     path: str
 
 
+@dataclass(frozen=True)
+class CellFinished(Event):
+    """One run of a study has ended, well or not: `done` of `total` are behind it."""
+
+    cell: str
+    done: int
+    total: int
+
+
 OnEvent = Callable[[Event], None]
 
 

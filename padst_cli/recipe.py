@@ -6,10 +6,10 @@ Unknown keys are refused and the nearest known one is named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,9 @@ DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 
 DEFAULT_TARGETS = "default"
 """The entry of `targets` that stands for the attention and MLP projections of all repeated blocks."""
+
+STUDY_PREFIX: Final = "study-"
+"""How the names of the shipped studies begin, which lie beside the recipes."""
 
 DATA_ALLOCATIONS = ("owl", "error")
 """Allocations that are decided by what calibration sees, not by shapes."""
@@ -66,6 +69,9 @@ class PermutationRecipe(_Strict):
     PA-DST); `penalty_weight` is the lambda that the l1-l2 penalty reaches, ramped up linearly until the `deadline`
     share, when whatever is still soft is hardened. No layer hardens before the `earliest` share, so that every
     permutation has had its chance to move.
+
+    `frozen` is the control of learning, for "soft" and "straight-through": the same matrices on the same schedule,
+    never updated, so that they harden to where they began.
     """
 
     kind: PermutationKind = "learned"
@@ -82,6 +88,7 @@ class PermutationRecipe(_Strict):
     group: int = Field(default=256, ge=2)
     resolve_every: int = Field(default=1, ge=1)
     assignment_rounds: int = Field(default=8, ge=1)
+    frozen: bool = False
 
     @property
     def is_soft(self) -> bool:
@@ -99,9 +106,17 @@ class PermutationRecipe(_Strict):
         return self.kind == "learned" and self.learner == "projected"
 
     @model_validator(mode="after")
+    def _freezes_matrices(self) -> Self:
+        if self.frozen and self.learner == "projected":
+            raise ValueError("frozen holds a learned matrix still; learner 'projected' has none")
+        return self
+
+    @model_validator(mode="after")
     def _shares_inputs(self) -> Self:
         if self.share and self.side == "output":
             raise ValueError("share gives layers one input permutation, and side 'output' permutes no inputs")
+        if self.frozen and self.kind != "learned":
+            raise ValueError(f"frozen is a control of kind 'learned'; permutations of kind '{self.kind}' never move")
         return self
 
 
@@ -237,7 +252,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise PadstError(_explain(error, source)) from None
+            raise PadstError(explain(error, source, cls)) from None
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML that `load_recipe` reads back to an equal value."""
@@ -264,30 +279,48 @@ def parse_nm(text: str) -> tuple[int, int]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with padst."""
+    """Names of the recipes of a run that come with padst."""
+    return [name for name in _shipped() if not name.startswith(STUDY_PREFIX)]
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with padst: grids of runs, read by `padst_cli.study`."""
+    return [name for name in _shipped() if name.startswith(STUDY_PREFIX)]
+
+
+def _shipped() -> list[str]:
     folder = resources.files("padst_cli.recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe file, or one that comes with padst by name; raises `PadstError` for bad YAML or bad keys."""
+    raw = read_mapping(name_or_path, recipe_names(), "recipe")
+    return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
+
+
+def read_mapping(name_or_path: str, names: Sequence[str], kind: str) -> dict[str, Any]:
+    """The top of a YAML file, or of one that comes with padst under one of `names`; `kind` says what it should be.
+
+    Raises `PadstError` where there is no such file, or no mapping in it.
+    """
     path = Path(name_or_path)
     if path.is_file():
         content = path.read_bytes()
-    elif name_or_path in recipe_names():
+    elif name_or_path in names:
         content = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_bytes()
     else:
         raise PadstError(
-            f"no recipe file '{name_or_path}' and none that comes with padst by that name"
-            f"{nearest(name_or_path, recipe_names())}; the names are {', '.join(recipe_names())}"
+            f"no {kind} file '{name_or_path}' and none that comes with padst by that name"
+            f"{nearest(name_or_path, list(names))}; the names are {', '.join(names)}"
         )
     try:
         raw = yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PadstError(f"recipe '{name_or_path}' is not valid YAML: {_where(error)}") from None
+        raise PadstError(f"{kind} '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
-        raise PadstError(f"recipe '{name_or_path}' is not a mapping of keys to values")
-    return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
+        raise PadstError(f"{kind} '{name_or_path}' is not a mapping of keys to values")
+    return raw
 
 
 def _where(error: Exception) -> str:
@@ -298,14 +331,17 @@ def _where(error: Exception) -> str:
     return f"{getattr(error, 'problem', None) or 'it cannot be read'} in line {mark.line + 1}"
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, root: type[BaseModel]) -> str:
+    """One sentence for the first thing that `root` found wrong; an unknown key is told with the nearest known one."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] in ("extra_forbidden", "invalid_key"):
-        model: Any = Recipe
+        model: Any = root
         for part in location[:-1]:
-            model = model.model_fields[part].annotation
+            if not part.isdigit():  # the place in a list
+                model = model.model_fields[part].annotation
+                model = next(iter(get_args(model)), model)
         known = list(model.model_fields)
         return f"{source}: unknown key '{key}'{nearest(location[-1], known)}; known here are {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")

@@ -1,1 +1,1 @@
-"""The recipes that come with padst, one YAML file each; `--recipe NAME` finds them here."""
+"""The recipes that come with padst, one YAML file each: `--recipe NAME` finds them here, and `padst study` its own."""

@@ -51,6 +51,7 @@ class SparsifyResult:
     tokens_or_images_seen: int
     metric: dict[str, Any]
     kl_to_dense: float | None
+    dense_finetuned_kl_to_dense: float | None
     permutations: dict[str, int]
     dense_bytes: int
     packed_bytes: int
@@ -299,6 +300,7 @@ class _Run:
                 "final": final.value,
             },
             kl_to_dense=final.kl_to_dense,
+            dense_finetuned_kl_to_dense=control.kl_to_dense if control else None,
             permutations=trained.permutations | ({"sharing_layers": sharing} if sharing else {}),
             dense_bytes=plan.dense_bytes(torch.float32),
             packed_bytes=plan.packed_bytes(torch.float32, torch.float32),

@@ -93,11 +93,13 @@ class Permutation(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step."""
+        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step; a frozen one never left it."""
         if self.lookup is not None:
             self.lookup.project()
             return
         assert self.log_matrix is not None
+        if not self.log_matrix.requires_grad:
+            return
         self.log_matrix.copy_(project(self.matrix()).log())
 
     @torch.no_grad()
@@ -300,7 +302,8 @@ def sparsify_modules(
             if recipe.permutation.kind == "learned" and side in planned.sides:
                 index = identity(sizes[side]) if index is None else index
                 mixing = recipe.permutation.mixing if recipe.permutation.is_soft else None
-                perms[side] = Permutation(index, mixing=mixing, dtype=dtype, group=recipe.permutation.lookup_group)
+                soft = Permutation(index, mixing=mixing, dtype=dtype, group=recipe.permutation.lookup_group)
+                perms[side] = soft.requires_grad_(not recipe.permutation.frozen)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
         if planned.shared and perms["input"] is not None:

@@ -78,7 +78,9 @@ class HardLookup(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the matrices back into the Birkhoff polytope after an optimizer step."""
+        """Bring the matrices back into the Birkhoff polytope after an optimizer step; frozen ones never left it."""
+        if not self.log_matrix.requires_grad:
+            return
         self.log_matrix.copy_(project(self.matrices()).log())
 
     @torch.no_grad()

@@ -157,7 +157,7 @@ class _Trainer:
         training = self.recipe.training
         if training.learning_rate is None:
             raise ValueError("the recipe has no learning rate; its default depends on the task")
-        soft = [p for _, perm in self.hardener.soft.items() for p in perm.parameters()]
+        soft = [p for _, perm in self.hardener.soft.items() for p in perm.parameters() if p.requires_grad]
         scores = [layer.gates.scores for layer in self.layers.values() if layer.gates is not None]
         special = {id(p) for p in (*soft, *scores)}
         self.weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in special]
@@ -238,7 +238,8 @@ class _Trainer:
         if self.hardener.penalised:
             # Once a step, in full precision; the same in every process, so that averaging leaves it as it is.
             penalty = self.hardener.penalty()
-            self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)
+            if penalty.requires_grad:
+                self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)
             sums["penalty"] = penalty.detach()
         if self.accelerator.num_processes > 1:
             for parameter in self.model.parameters():

@@ -47,6 +47,20 @@ def test_what_cannot_harden_by_penalty_hardens_at_the_deadline(bench, events):
     assert all(event.penalty > 0.22 for event in of(Hardened, events))
 
 
+def test_frozen_permutations_keep_the_schedule_and_never_move(bench, events):
+    student, result = bench.train(bench.recipe(**{"permutation.frozen": True}), on_event=events.append)
+    assert result.permutations == {
+        "learned": 8, "hardened_by_penalty": 0, "hardened_at_deadline": 8, "moved_from_start": 0,
+    }  # fmt: skip
+    soft = [event for event in of(Step, events) if event.penalties]
+    assert {event.step for event in soft} == {1, 2, 3, 4, 5}
+    assert all(event.penalties == soft[0].penalties for event in soft), "the matrices are what they were"
+    moving, moved = bench.train(bench.recipe())
+    assert moved.permutations["learned"] == 8
+    fixed, other = (next(iter(sparse_layers(model).values())) for model in (student, moving))
+    assert not torch.equal(fixed.weight, other.weight), "where they do learn, the weights train around other matrices"
+
+
 def test_nothing_hardens_before_its_time_and_lambda_ramps_from_there(bench, events):
     changes = {"permutation.mixing": 0.1, "permutation.earliest": 0.25}
     recipe = bench.recipe(**changes)

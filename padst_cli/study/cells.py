@@ -1,0 +1,81 @@
+"""The grid of a study: every cell is one run of `sparsify`, with a recipe and a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final
+
+from padst_cli.assets import EMBEDDED_MODEL
+from padst_cli.errors import PadstError
+from padst_cli.recipe import Recipe, dotted
+from padst_cli.study.recipe import CONTROLS, EMBEDDED, PERMUTATIONS, Changes, StudyModel, StudyRecipe
+
+UNSTRUCTURED: Final = "unstructured"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: where it stands in the grid, and its complete recipe."""
+
+    model: str
+    structure: str
+    method: str
+    sparsity: float
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Its folder: the place in the grid, spelled out."""
+        return f"{self.model}-{self.structure}-{self.method}-{self.sparsity:g}-seed{self.seed}"
+
+
+def expand(study: StudyRecipe) -> list[Cell]:
+    """All cells, a whole seed before the next, so that a study that is stopped early has whole comparisons.
+
+    Raises `PadstError` where the recipe of a cell cannot be: its key and the cell are named.
+    """
+    return [
+        _cell(study, model, sparsity, seed, structure, method, changes)
+        for seed in study.seeds
+        for model in study.models
+        for sparsity in model.sparsities or study.sparsities
+        for structure, method, changes in _methods(study)
+    ]
+
+
+def _methods(study: StudyRecipe) -> Iterator[tuple[str, str, Changes]]:
+    """(structure, method, changes) of all that is compared at one sparsity, the controls first."""
+    for control in study.controls:
+        yield UNSTRUCTURED, control, CONTROLS[control]
+    methods = {name: PERMUTATIONS[name] for name in study.permutations} | dict(study.methods)
+    for (structure, own), (method, changes) in product(study.structures.items(), methods.items()):
+        yield structure, method, {"structure": structure, **dotted(own), **dotted(changes)}
+
+
+def _cell(
+    study: StudyRecipe, model: StudyModel, sparsity: float, seed: int, structure: str, method: str, changes: Changes
+) -> Cell:
+    carries_control = (
+        study.dense_control
+        and (structure, method) == (UNSTRUCTURED, study.controls[0])
+        and sparsity == (model.sparsities or study.sparsities)[0]
+    )
+    place: dict[str, Any] = {
+        "model": str(EMBEDDED_MODEL) if model.model == EMBEDDED else model.model,
+        "data": model.data,
+        "eval_data": model.eval_data,
+        "sparsity": sparsity,
+        "seed": seed,
+        "training.steps": study.steps,
+        "dense_control": carries_control,
+    }
+    values = {**dotted(study.recipe), **dotted(model.recipe), **changes, **place}
+    name = Cell(model.name, structure, method, sparsity, seed, Recipe()).name
+    try:
+        recipe = Recipe().updated(values)
+    except PadstError as error:
+        raise PadstError(f"cell '{name}' of the study: {error}") from None
+    return Cell(model.name, structure, method, sparsity, seed, recipe)

@@ -1,0 +1,156 @@
+"""The study recipe: which models, structures, sparsities, methods and seeds are run against each other.
+
+Everything about a single run is said in the words of the run recipe (`padst_cli.recipe`), under the keys `recipe`,
+`structures`, `methods` and each model's own `recipe`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from padst_cli.errors import PadstError
+from padst_cli.recipe import explain, read_mapping, study_names
+
+EMBEDDED: Final = "embedded"
+"""The model that stands for the checkpoint that comes with padst."""
+
+Structured = Literal["diag", "nm", "block"]
+PermutationMethod = Literal["none", "random", "assignment", "learned", "frozen"]
+Control = Literal["rigl", "set"]
+Changes = Mapping[str, Any]
+Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+PERMUTATIONS: Final[Mapping[str, Changes]] = {
+    "none": {"permutation.kind": "none"},
+    "random": {"permutation.kind": "random"},
+    "assignment": {"permutation.kind": "assignment"},
+    "learned": {"permutation.kind": "learned"},
+    "frozen": {"permutation.kind": "learned", "permutation.frozen": True},
+}
+"""What each method changes in the run recipe; frozen is the learner held at its start."""
+
+CONTROLS: Final[Mapping[str, Changes]] = {
+    method: {"structure": "unstructured", "permutation.kind": "none", "support.method": method}
+    for method in ("rigl", "set")
+}
+"""The unstructured runs that a structure is held against."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class StudyModel(_Strict):
+    """One model of the grid: a hub id, a folder, or `embedded`; its data as in the run recipe.
+
+    `$NAME` in the three paths stands for an environment variable. `name` is how tables and folders call it (by default
+    the last part of `model`); `sparsities` replace the study's; `recipe` is laid over the study's.
+    """
+
+    model: str
+    name: str = ""
+    data: str | None = None
+    eval_data: str | None = None
+    sparsities: tuple[Sparsity, ...] = ()
+    recipe: Changes = {}
+
+    @field_validator("model", "data", "eval_data")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        expanded = os.path.expandvars(value)
+        if missing := re.search(r"\$\{?(\w+)", expanded):
+            raise ValueError(f"'{value}' needs the environment variable {missing.group(1)}, which is not set")
+        return expanded
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("model"), str) and not raw.get("name"):
+            return raw | {"name": raw["model"].rstrip("/").rpartition("/")[2]}
+        return raw
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", value) or value.startswith("."):
+            raise ValueError(f"name '{value}' becomes part of file names: letters, digits, dots and dashes only")
+        return value
+
+
+class StudyRecipe(_Strict):
+    """A whole study.
+
+    Run in every (model, sparsity, seed): the unstructured `controls`, and every structure with each of the
+    `permutations` and of the extra `methods`. `structures` is a list, or a mapping from structure to what it changes in
+    the run recipe; `methods` maps the name of an extra method to what it changes, dotted or nested. `steps` holds for
+    all runs. The dense model is fine-tuned as long, once a model and seed, unless `dense_control` is off. `jobs` runs
+    go on at once. With `checkpoints` off the weights of finished runs are removed, their figures and reports kept.
+    """
+
+    models: tuple[StudyModel, ...] = Field(min_length=1)
+    structures: dict[Structured, Changes] = {"diag": {}, "nm": {}, "block": {}}
+    sparsities: tuple[Sparsity, ...] = Field(default=(0.8, 0.9, 0.95), min_length=1)
+    permutations: tuple[PermutationMethod, ...] = ("none", "random", "assignment", "learned", "frozen")
+    controls: tuple[Control, ...] = ("rigl", "set")
+    methods: Mapping[str, Changes] = {}
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    steps: int = Field(default=600, ge=0)
+    dense_control: bool = True
+    checkpoints: bool = True
+    jobs: int = Field(default=1, ge=1)
+    recipe: Changes = {}
+
+    @field_validator("structures", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return {str(each): {} for each in value} if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        lists: dict[str, list[Any]] = {
+            "names of models": [each.name for each in self.models],
+            "sparsities": list(self.sparsities),
+            "seeds": list(self.seeds),
+            "permutations": list(self.permutations),
+            "controls": list(self.controls),
+            "methods": [*self.methods, *PERMUTATIONS, *CONTROLS],
+        }
+        for what, values in lists.items():
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"two of the {what} are {twice[0]}")
+        if unfit := [name for name in self.methods if not re.fullmatch(r"[\w.-]+", name)]:
+            raise ValueError(f"method '{unfit[0]}' becomes part of file names: letters, digits, dots and dashes only")
+        if self.dense_control and not self.controls:
+            raise ValueError("the dense model is fine-tuned beside a control; name one, or turn dense_control off")
+        return self
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "study") -> StudyRecipe:
+        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise PadstError(explain(error, source, cls)) from None
+
+    def to_yaml(self) -> str:
+        """The whole study as YAML that `load_study` reads back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_study(name_or_path: str | None, changes: Mapping[str, Any]) -> StudyRecipe:
+    """A study file, or one that comes with padst by name, with `changes` (top-level keys) laid over it.
+
+    Without either the changes are the study. Raises `PadstError` for bad YAML, bad keys and bad values.
+    """
+    raw = read_mapping(name_or_path, study_names(), "study") if name_or_path else {}
+    source = f"study '{name_or_path}'" if name_or_path else "study"
+    return StudyRecipe.from_dict({**raw, **changes}, source=source)

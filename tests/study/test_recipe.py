@@ -1,0 +1,89 @@
+"""The study recipe: strict keys, lists and mappings, environment variables, and the studies that come with padst."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from padst_cli.errors import PadstError
+from padst_cli.recipe import load_recipe, recipe_names, study_names
+from padst_cli.study import StudyRecipe, expand, load_study
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.glob("study-*.yaml"))
+ONE: dict[str, Any] = {"models": [{"model": "org/tiny"}]}
+
+
+def test_shipped_studies_are_no_recipes_of_a_run() -> None:
+    assert study_names() == SHIPPED
+    assert {"study-small", "study-cpu", "study-full"} <= set(SHIPPED)
+    assert not set(SHIPPED) & set(recipe_names())
+    with pytest.raises(PadstError, match="no recipe file 'study-small'"):
+        load_recipe("study-small")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_studies_are_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADST_DATA", "/data")
+    study = load_study(name, {})
+    assert StudyRecipe.from_dict(yaml.safe_load(study.to_yaml())) == study
+    assert set(study.structures) == {"diag", "nm", "block"}
+    assert study.permutations == ("none", "random", "assignment", "learned", "frozen")
+    assert study.controls == ("rigl", "set")
+    assert len(study.seeds) >= 3
+    assert study.steps >= 600
+    cells = expand(study)
+    assert len({cell.name for cell in cells}) == len(cells)
+    learned = [cell.recipe.permutation for cell in cells if cell.method == "learned"]
+    assert all(each.mixing > each.delta for each in learned), "or layers would harden before an entry has moved"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({}, ["models"]),
+        ({"models": []}, ["models"]),
+        ({**ONE, "sparsitys": [0.5]}, ["unknown key 'sparsitys'", "did you mean 'sparsities'?"]),
+        ({"models": [{"model": "m", "eval_dat": "x"}]}, ["'models.0.eval_dat'", "did you mean 'eval_data'?", "recipe"]),
+        ({"models": [{"model": "$NOWHERE_SET/m"}]}, ["environment variable NOWHERE_SET, which is not set"]),
+        ({"models": [{"model": "a/m"}, {"model": "b/m"}]}, ["two of the names of models are m"]),
+        ({"models": [{"model": "a/m", "name": "x/y"}]}, ["'x/y'", "letters"]),
+        ({**ONE, "sparsities": [0.5, 1.0]}, ["sparsities.1"]),
+        ({**ONE, "seeds": [0, 0]}, ["two of the seeds are 0"]),
+        ({**ONE, "permutations": ["learnt"]}, ["permutations.0 is 'learnt'"]),
+        ({**ONE, "structures": ["unstructured"]}, ["unstructured"]),
+        ({**ONE, "methods": {"learned": {}}}, ["two of the methods are learned"]),
+        ({**ONE, "controls": []}, ["turn dense_control off"]),
+        ({**ONE, "jobs": 0}, ["jobs"]),
+    ],
+)
+def test_bad_values_name_the_key(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(PadstError) as caught:
+        StudyRecipe.from_dict(raw, source="study 'mine.yaml'")
+    sentence = str(caught.value)
+    assert sentence.startswith("study 'mine.yaml': ")
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_names_variables_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_DATA", "/data")
+    raw = {"models": [{"model": "$SOME_DATA/tiny/", "data": "${SOME_DATA}/t.txt"}], "structures": ["nm", "diag"]}
+    study = StudyRecipe.from_dict(raw)
+    model = study.models[0]
+    assert (model.name, model.model, model.data) == ("tiny", "/data/tiny/", "/data/t.txt")
+    assert study.structures == {"nm": {}, "diag": {}}
+
+
+def test_a_file_and_what_is_laid_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**ONE, "steps": 5, "seeds": [4]}), encoding="utf-8")
+    study = load_study(str(path), {"steps": 7, "models": [{"model": "other"}]})
+    assert (study.steps, study.seeds, study.models[0].model) == (7, (4,), "other")
+    assert load_study(None, ONE).models[0].name == "tiny"
+    with pytest.raises(PadstError, match=r"no study file 'study-smal'.*did you mean 'study-small'"):
+        load_study("study-smal", {})
