@@ -86,6 +86,7 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"support": {"method": "dynadiag"}, "structure": "block"}, ["dynadiag", "diag"]),
         ({"training": 5}, ["training"]),
         ({"permutation": {"kind": "assignment", "frozen": True}}, ["frozen is a control", "'assignment' never move"]),
+        ({"permutation": {"learner": "projected", "frozen": True}}, ["frozen holds", "'projected' has none"]),
     ],
 )
 def test_bad_values_name_the_key(raw: dict[str, Any], words: list[str]) -> None:

@@ -61,6 +61,13 @@ def test_frozen_permutations_keep_the_schedule_and_never_move(bench, events):
     assert not torch.equal(fixed.weight, other.weight), "where they do learn, the weights train around other matrices"
 
 
+def test_frozen_lookups_never_move(bench):
+    changes = {"permutation.frozen": True, "permutation.learner": "straight-through"}
+    _, result = bench.train(bench.recipe(**changes))
+    assert result.permutations["learned"] == 8
+    assert result.permutations["moved_from_start"] == 0
+
+
 def test_nothing_hardens_before_its_time_and_lambda_ramps_from_there(bench, events):
     changes = {"permutation.mixing": 0.1, "permutation.earliest": 0.25}
     recipe = bench.recipe(**changes)
