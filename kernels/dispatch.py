@@ -1,7 +1,7 @@
 """Which kernel computes a layer, by structure, density, device, dtype and tokens.
 
-On the CPU the costs of the machine say it. On a GPU no costs are measured yet: a Triton kernel runs wherever there is one
-(gpu/rules.py has the limits), a plain torch path elsewhere.
+On the CPU the costs of the machine say it. On a GPU no costs are measured yet: a Triton kernel runs wherever there is
+one (gpu/rules.py has the limits), a plain torch path elsewhere.
 """
 
 from __future__ import annotations

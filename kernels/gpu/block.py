@@ -4,8 +4,8 @@ y[t, r] = sum over the blocks j of r's block row, over i < B: values[j, r mod B,
 
 The blocks of a row are one long reduction of B times their number, cut into steps that may hold several blocks or part
 of one. Many tokens: a program computes a whole block row for a tile of tokens, so each value is read once a tile.
-Few tokens: the same kernel with 16 rows of a block a program and the tokens padded to 16, so that there are enough programs
-to keep the memory busy without splitting any sum; every value is read once.
+Few tokens: the same kernel with 16 rows of a block a program and the tokens padded to 16, so that there are enough
+programs to keep the memory busy without splitting any sum; every value is read once.
 """
 
 from __future__ import annotations

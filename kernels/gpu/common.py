@@ -96,4 +96,3 @@ def differentiable(operator: CustomOpDef) -> None:
         return dx, db, *(None for _ in rest)
 
     operator.register_autograd(backward, setup_context=setup)
-

@@ -3,10 +3,10 @@
 out >= in: y[t, r] = sum over k with i = (r - o_k) mod out < in: values[k, i] x[t, perm_in[i]]
 out < in: y[t, r] = sum over k: values[k, r] x[t, perm_in[(r + o_k) mod in]]
 
-A program computes `ROWS` neighbouring rows for a tile of tokens: along a diagonal these are neighbouring values, so every
-value is read once a tile, coalesced, and used for all its tokens. `STEP` diagonals are summed side by side and added up
-at the end. Where out > in only some diagonals meet a range of rows; as offsets ascend these follow on each other (from
-the last on to the first), and `spans` says where they begin and end.
+A program computes `ROWS` neighbouring rows for a tile of tokens: along a diagonal these are neighbouring values, so
+every value is read once a tile, coalesced, and used for all its tokens. `STEP` diagonals are summed side by side and
+added up at the end. Where out > in only some diagonals meet a range of rows; as offsets ascend these follow on each
+other (from the last on to the first), and `spans` says where they begin and end.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def config(tokens: int) -> Config:
 
 
 def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Of every `ROWS` rows the numbers of the first diagonal to meet them and of that behind the last, counted on past K.
+    """Of every `ROWS` rows the number of the first diagonal that meets them and of that behind the last.
 
-    int32 `[ceil(out / ROWS), 2]`; offsets int32 `[K]` ascending.
+    Numbers go on past K where the diagonals start over. int32 `[ceil(out / ROWS), 2]`; offsets int32 `[K]` ascending.
     """
     count = len(offsets)
     first_row = torch.arange(0, out_features, ROWS, device=offsets.device)
@@ -99,7 +99,7 @@ def diag_linear(
     store: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[K, min(out, in)]`, `spans` from `spans_of`, `store` see common.py."""
+    """x `[..., in]` -> `[..., out_features]`; values `[K, min(out, in)]`, spans from `spans_of`, store see common.py."""
     y, in_features = empty_output(x, out_features), x.shape[-1]
     tokens = x.numel() // in_features
     if tokens == 0:

@@ -28,11 +28,13 @@ class TritonKernel:
         store = None if layout.perm_out is None else _inverse(layout.perm_out)
         self._made = [] if store is None else [store]
         self._operator: Any
+        tensors: tuple[Tensor, ...]
+        rest: tuple[int, ...] = ()
         if layout.structure == "block":
-            self._operator, rest = block_linear, ()
+            self._operator = block_linear
             tensors = (packed["values"], packed["row_offsets"], packed["col_indices"])
         elif layout.structure == "diag":
-            self._operator, rest = diag_linear, ()
+            self._operator = diag_linear
             self._made.append(spans_of(packed["offsets"], layout.out_features, layout.in_features))
             tensors = (packed["values"], packed["offsets"], self._made[-1])
         else:

@@ -3,7 +3,8 @@
 y[t, r] = sum over groups g and slots n: values[r, g, n] x[t, perm_in[g M + index[r, g, n]]]
 
 A program computes a few rows for a tile of tokens. A row's values lie side by side, `STEP` of them are read at a time,
-with their indices as packed (1, 2, 4 or 8 bits, little-endian within the byte), once a tile, and used for all its tokens.
+with their indices as packed (1, 2, 4 or 8 bits, little-endian within the byte), once a tile, and used for all its
+tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def nm_linear(
     out_features: int,
     m: int,
 ) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[out, G, N]`, indices uint8 `[out, bytes]`, `store` see common.py."""
+    """x `[..., in]` -> `[..., out_features]`; values `[out, G, N]`, indices uint8 `[out, bytes]`, store see common.py."""
     y, in_features = empty_output(x, out_features), x.shape[-1]
     tokens = x.numel() // in_features
     if tokens == 0:

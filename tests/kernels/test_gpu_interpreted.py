@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU, under Triton's interpreter, against float64: structures, dtypes, sides, odd sizes.
 
-Triton looks at TRITON_INTERPRET when a kernel is defined, so the tests run in a process of their own, which the last one
-of them starts.
+Triton looks at TRITON_INTERPRET when a kernel is defined, so the tests run in a process of their own, which the last
+test starts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ if INTERPRETED:
     from tests.kernels.gpu_cases import FAMILIES, TOKENS, check_forward, check_gradients, close, on
 
     CASES = [
-        (family, shape, TOKENS if turn == 0 else (3, 17), turn)
+        pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
         for family, (structure, options) in FAMILIES.items()
         for turn, shape in enumerate(SHAPES[structure])
         if min(shape) >= options.get("block_size", 0)
     ]
-    ONE_EACH = [(family, {"block": (100, 70), "diag": (33, 65), "nm": (9, 61)}[structure]) for family, (structure, _) in FAMILIES.items()]
+    ONE_EACH = [
+        (family, {"block": (100, 70), "diag": (33, 65), "nm": (9, 61)}[structure])
+        for family, (structure, _) in FAMILIES.items()
+    ]
 
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch):
@@ -133,8 +136,9 @@ if INTERPRETED:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process of the interpreter")
-def test_the_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("share", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_under_the_interpreter(share):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", share, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, check=False)
