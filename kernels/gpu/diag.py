@@ -99,7 +99,7 @@ def diag_linear(
     store: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[K, min(out, in)]`, spans from `spans_of`, store see common.py."""
+    """x `[..., in]` -> `[..., out_features]`; values `[K, min(out, in)]`, spans from `spans_of`."""
     y, in_features = empty_output(x, out_features), x.shape[-1]
     tokens = x.numel() // in_features
     if tokens == 0:

@@ -73,7 +73,7 @@ def nm_linear(
     out_features: int,
     m: int,
 ) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[out, G, N]`, indices uint8 `[out, bytes]`, store see common.py."""
+    """x `[..., in]` -> `[..., out_features]`; values `[out, G, N]`, indices uint8 `[out, bytes]`."""
     y, in_features = empty_output(x, out_features), x.shape[-1]
     tokens = x.numel() // in_features
     if tokens == 0:

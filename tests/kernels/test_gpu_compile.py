@@ -55,18 +55,22 @@ def nm_launches(dtype: torch.dtype, _: str) -> Iterator[Launch]:
 LAUNCHES = {"block": block_launches, "diag": diag_launches, "nm": nm_launches}
 
 
-def compiled(launch: Launch, dtype: torch.dtype, switches: bool, target: GPUTarget) -> Any:
-    """The kernel as `launch` has it, every pointer on 16 bytes."""
+def compiled(launch: Launch, dtype: torch.dtype, plain: bool, target: GPUTarget) -> Any:
+    """The kernel as `launch` has it, every pointer on 16 bytes.
+
+    Plain is a layer without permutations and bias whose sizes are multiples of 16, else it has all and any sizes.
+    """
     kernel, pointers, constants, cut = launch
     pointers = {**pointers, "perm_in": "i32", "store": "i32", "bias": DTYPES[dtype], "y": DTYPES[dtype]}
     keywords = cut.keywords()
     options = {key: keywords.pop(key) for key in ("num_warps", "num_stages")}
-    constants = {**constants, **keywords, **dict.fromkeys(SWITCHES, switches)}
+    constants = {**constants, **keywords, **dict.fromkeys(SWITCHES, not plain)}
     signature = {
         name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
         for name in kernel.arg_names
     }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
+    even = {*pointers, *(("out_features", "in_features", "slots") if plain else ())}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in even}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options)
 
@@ -90,12 +94,14 @@ def spilled(binary: Any, target: GPUTarget, folder: Any) -> int:
     return sum(int(stored) + int(loaded) for stored, loaded in stores)
 
 
-def check(structure: str, dtype: torch.dtype, target_name: str, folder: Any, most: int | None) -> None:
+def check(
+    structure: str, dtype: torch.dtype, target_name: str, folder: Any, most: int | None = None, plain: bool = False
+) -> None:
     target, shared = TARGETS[target_name]
     launches = list(LAUNCHES[structure](dtype, target.backend))
     assert launches
     for launch in launches[:most]:
-        binary = compiled(launch, dtype, True, target)
+        binary = compiled(launch, dtype, plain, target)
         assert spilled(binary, target, folder) == 0, launch
         assert binary.metadata.shared <= shared, launch
 
@@ -107,11 +113,12 @@ def test_one_token_in_bfloat16_compiles(structure, target, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True], ids=["permuted", "plain"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("structure", LAUNCHES)
-def test_every_default_compiles(structure, dtype, target, tmp_path):
-    check(structure, dtype, target, tmp_path, None)
+def test_every_default_compiles(structure, dtype, target, plain, tmp_path):
+    check(structure, dtype, target, tmp_path, plain=plain)
 
 
 def test_spills_are_seen(tmp_path):
@@ -120,4 +127,4 @@ def test_spills_are_seen(tmp_path):
     pointers = {"x": "bf16", "values": "bf16", "row_offsets": "i32", "col_indices": "i32"}
     cut = Config(TILE=64, ROWS=64, STEP=64, num_warps=1, num_stages=1)
     launch = block.block_kernel, pointers, {"SIZE": 64, "PRECISION": "ieee"}, cut
-    assert spilled(compiled(launch, torch.bfloat16, True, target), target, tmp_path) > 0
+    assert spilled(compiled(launch, torch.bfloat16, False, target), target, tmp_path) > 0
