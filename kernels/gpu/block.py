@@ -27,7 +27,7 @@ def config(tokens: int, size: int, dtype: torch.dtype) -> Config:
     if tokens <= FEW:
         return Config(TILE=16, ROWS=16, STEP=64, num_warps=1, num_stages=3)
     if dtype is torch.float32:
-        return Config(TILE=64, ROWS=size, STEP=16, num_warps=4, num_stages=2)
+        return Config(TILE=64, ROWS=size, STEP=16, num_warps=8, num_stages=2)
     if tokens <= 64:
         return Config(TILE=64, ROWS=size, STEP=64, num_warps=4, num_stages=3)
     return Config(TILE=128, ROWS=size, STEP=64, num_warps=8, num_stages=3)
