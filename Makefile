@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart install test test-slow sanitize lint checkpoint clean
+.PHONY: quickstart install test test-slow test-gpu sanitize lint checkpoint clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# On a machine with a CUDA device and a torch built for it.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py
 
 # The kernels' tests on a build that stops at every read or write outside memory and at undefined behaviour. Vectors are
 # read unaligned on purpose.

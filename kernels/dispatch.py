@@ -1,4 +1,8 @@
-"""Which kernel computes a layer, by structure, density, device and tokens, as the costs of the machine say."""
+"""Which kernel computes a layer, by structure, density, device, dtype and tokens.
+
+On the CPU the costs of the machine say it. On a GPU no costs are measured yet: a Triton kernel runs wherever there is
+one (gpu/rules.py has the limits), a plain torch path elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from .cpu import machine, native, transient
 from .cpu.native import NativeKernel
 from .cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
+from .gpu import rules
 from .layout import Kernel, Layout
 
 __all__ = [
@@ -27,8 +32,18 @@ __all__ = [
     "takes_compact",
 ]
 
-_KERNELS: dict[str, Callable[[Layout], Kernel]] = {kernel.name: kernel for kernel in (DenseMatmul, GatherBmm)}
 
+def _triton(layout: Layout) -> Kernel:
+    from .gpu.layer import TritonKernel  # imports triton, which a machine without a GPU may lack
+
+    with torch.inference_mode(False):  # what is made inside inference mode could not serve gradients later
+        return TritonKernel(layout)
+
+
+_KERNELS: dict[str, Callable[[Layout], Kernel]] = {
+    **{kernel.name: kernel for kernel in (DenseMatmul, GatherBmm)},
+    **{rules.kernel_name(structure): _triton for structure in rules.STRUCTURES},
+}
 
 GATHER_MAX_DENSITY = 0.25
 """Measured on one AVX2 core, 768 x 3072 in float32, 1 to 512 tokens: above it the gathers cost more than the zeros
@@ -70,7 +85,7 @@ def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.
     is slower than the dense product.
     """
     if dtype not in COMPACT_DTYPES or not native.serves(layout.structure, layout.in_features, device):
-        return _torch_name(layout.structure, layout.density, tokens)
+        return _stored_name(layout, device, tokens, dtype)
     if _better_dense(layout, dtype):
         return DenseInPlace.name
     limit = transient.limits(layout.work)[torch.get_num_threads(), dtype]
@@ -83,16 +98,18 @@ def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
     return machine.costs(torch.get_num_threads()).dense_gains(layout.work, str(dtype).removeprefix("torch."))
 
 
-def _torch_name(structure: str, density: float, tokens: int) -> str:
-    del tokens  # the torch paths serve every size
-    if structure == "block" and density <= GATHER_MAX_DENSITY:
+def _stored_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
+    """The name of what computes from the packed tensors as they are stored."""
+    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype):
+        return rules.kernel_name(layout.structure)
+    if layout.structure == "block" and layout.density <= GATHER_MAX_DENSITY:
         return GatherBmm.name
     return DenseMatmul.name
 
 
-def select(layout: Layout, tokens: int) -> Kernel:
-    """The torch path for this layout, made once and kept in `layout.prepared`: what runs where `compact` serves not."""
-    name = _torch_name(layout.structure, layout.density, tokens)
+def select(layout: Layout, tokens: int, dtype: torch.dtype) -> Kernel:
+    """What runs `tokens` rows of `dtype` where `compact` serves not: made once and kept in `layout.prepared`."""
+    name = _stored_name(layout, layout.tensors["values"].device, tokens, dtype)
     kernel = layout.prepared.get(name)
     if kernel is None:
         kernel = layout.prepared[name] = _KERNELS[name](layout)
@@ -102,4 +119,4 @@ def select(layout: Layout, tokens: int) -> Kernel:
 def prepare(layout: Layout, dtype: torch.dtype) -> None:
     """Make what calls with few and with many tokens will need, as before tracing a graph that may not make it."""
     for tokens in (1, 1 << 20):
-        select(layout, tokens).prepare(dtype)
+        select(layout, tokens, dtype).prepare(dtype)

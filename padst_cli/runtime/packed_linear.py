@@ -115,7 +115,7 @@ class PackedLinear(nn.Module):
             kernel = self._native or self._compact(x.dtype)
             if kernel is not None:
                 return kernel(x, self._parameters["bias"], self.dense_weight)
-        result: Tensor = select(self._current_layout(), x.numel() // self.in_features)(x, self.bias)
+        result: Tensor = select(self._current_layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
         return result
 
     @property
@@ -239,7 +239,7 @@ class PackedLinear(nn.Module):
             )
             return result
         layout = self._layout[1] if self._layout else self._current_layout()
-        traced: Tensor = select(layout, x.numel() // self.in_features)(x, self.bias)
+        traced: Tensor = select(layout, x.numel() // self.in_features, x.dtype)(x, self.bias)
         return traced
 
     def __getattr__(self, name: str) -> Any:

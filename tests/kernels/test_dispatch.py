@@ -18,11 +18,12 @@ from padst_kernels.dispatch import (
     recalibrate,
     select,
 )
+from padst_kernels.gpu import rules
 from torch.nn import functional
 
 from tests.costs import DENSE_WINS, costs
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda")
 TRANSIENT = transient.NAME
 
 
@@ -88,11 +89,32 @@ def test_recalibrating_counts_for_the_layers_to_come(make_case, monkeypatch):
     assert name(layout, 64) == TRANSIENT
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_names_on_a_gpu(make_case, monkeypatch, dtype):
+    monkeypatch.setattr(rules, "HAS_TRITON", True)
+    few, more = (1, rules.SCALAR_TOKENS), (rules.SCALAR_TOKENS + 1, 1 << 20)
+    for structure in ("diag", "nm", "block"):
+        layout = make_case(structure, 64, 64, 0.2).layout
+        assert {name(layout, tokens, CUDA, dtype) for tokens in few} == {f"cuda-triton-{structure}"}
+        on_many = f"cuda-triton-{structure}" if structure == "block" else "torch-dense"
+        assert {name(layout, tokens, CUDA, dtype) for tokens in more} == {on_many}
+    assert name(make_case("unstructured", 64, 64, 0.2).layout, 1, CUDA, dtype) == "torch-dense"
+
+
+def test_names_on_a_gpu_that_triton_does_not_serve(make_case, monkeypatch):
+    layout = make_case("diag", 64, 64, 0.2).layout
+    monkeypatch.setattr(rules, "HAS_TRITON", True)
+    assert name(layout, 1, CUDA, torch.float64) == "torch-dense"
+    assert name(make_case("diag", 64, 64, 0.2, dtype=torch.float64).layout, 1, CUDA) == "torch-dense"
+    monkeypatch.setattr(rules, "HAS_TRITON", False)
+    assert name(layout, 1, CUDA) == "torch-dense"
+
+
 def test_a_torch_path_is_made_once_for_a_layout(make_case):
     case = make_case("block", 64, 64, 0.2)
-    first = select(case.layout, 1)
+    first = select(case.layout, 1, torch.float32)
     assert first.name == "torch-gather-bmm"
-    assert select(case.layout, 512) is first
+    assert select(case.layout, 512, torch.float32) is first
     assert list(case.layout.prepared) == ["torch-gather-bmm"]
 
 

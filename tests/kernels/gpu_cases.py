@@ -1,0 +1,66 @@
+"""Layers for the tests of the Triton kernels, and what they must compute."""
+
+from __future__ import annotations
+
+import torch
+from padst_kernels.gpu.layer import TritonKernel
+from torch.nn import functional
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOKENS = (1, 3, 16, 17, 65)
+SIDES = ("", "i", "o", "io")
+FAMILIES = {
+    "diag": ("diag", {}),
+    "band": ("diag", {"band": 16}),
+    "1:2": ("nm", {"nm": (1, 2)}),
+    "2:4": ("nm", {"nm": (2, 4)}),
+    "1:10": ("nm", {"nm": (1, 10)}),
+    "3:15": ("nm", {"nm": (3, 15)}),
+    "1:20": ("nm", {"nm": (1, 20)}),
+    "block 16": ("block", {"block_size": 16}),
+    "block 32": ("block", {"block_size": 32, "block_rows": "free"}),
+    "block 64": ("block", {"block_size": 64}),
+}
+
+
+def close(found, weight, x, bias, slack=1.0):
+    """`found` is W x + b, compared in float64 and measured against the largest output; W is rounded to x's dtype."""
+    biases = None if bias is None else bias.to(x.dtype).double()
+    expected = functional.linear(x.detach().double(), weight.to(x.dtype).double(), biases)
+    assert found.shape == expected.shape
+    assert found.dtype is x.dtype
+    scale = float(expected.abs().max()) or 1.0
+    assert float((found.detach().double() - expected).abs().max()) <= slack * TOLERANCE[x.dtype] * scale
+
+
+def on(case, device):
+    """The case's layout moved to a device."""
+    layout = case.layout
+    layout.tensors = {key: tensor.to(device) for key, tensor in layout.tensors.items()}
+    layout.perm_in = None if layout.perm_in is None else layout.perm_in.to(device)
+    layout.perm_out = None if layout.perm_out is None else layout.perm_out.to(device)
+    return layout
+
+
+def check_forward(make_case, family, shape, device, tokens=TOKENS, turn=0):
+    """Every count of tokens, with dtypes, sides and a bias in turn; `turn` is where to begin."""
+    structure, options = FAMILIES[family]
+    for number, count in enumerate(tokens, start=turn):
+        dtype = DTYPES[number % 3]
+        case = make_case(structure, *shape, 0.2, SIDES[number % 4], dtype, **options)
+        kernel = TritonKernel(on(case, device))
+        bias = torch.randn(shape[0], device=device) if number % 2 == 0 else None
+        x = torch.randn(count, shape[1], device=device).to(dtype)
+        close(kernel(x, bias), case.weight.to(device), x, bias)
+
+
+def check_gradients(make_case, family, shape, device):
+    """Gradients of x and the bias, float32."""
+    structure, options = FAMILIES[family]
+    case = make_case(structure, *shape, 0.3, "io", **options)
+    x = torch.randn(2, 3, shape[1], device=device, requires_grad=True)
+    bias, dy = torch.randn(shape[0], device=device, requires_grad=True), torch.randn(2, 3, shape[0], device=device)
+    (TritonKernel(on(case, device))(x, bias) * dy).sum().backward()
+    torch.testing.assert_close(x.grad, dy @ case.weight.to(device), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, dy.sum(dim=(0, 1)), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,146 @@
+"""The Triton kernels without a GPU, under Triton's interpreter, against float64: structures, dtypes, sides, odd sizes.
+
+Triton looks at TRITON_INTERPRET when a kernel is defined, so the tests run in a process of their own, which the last
+test starts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = torch.device("cpu")
+SHAPES = {
+    "diag": [(70, 40), (33, 65), (100, 70), (40, 150), (150, 20), (48, 48)],
+    "nm": [(9, 61), (6, 129), (8, 48)],
+    "block": [(100, 70), (33, 129), (64, 64), (70, 200)],
+}
+
+if INTERPRETED:
+    from padst_kernels.gpu import block, common, diag, layer, nm, rules
+    from triton.runtime import interpreter
+
+    from tests.kernels.gpu_cases import FAMILIES, TOKENS, check_forward, check_gradients, close, on
+
+    CASES = [
+        pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
+        for family, (structure, options) in FAMILIES.items()
+        for turn, shape in enumerate(SHAPES[structure])
+        if min(shape) >= options.get("block_size", 0)
+    ]
+    ONE_EACH = [
+        (family, {"block": (100, 70), "diag": (33, 65), "nm": (9, 61)}[structure])
+        for family, (structure, _) in FAMILIES.items()
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _poisoned_outputs(monkeypatch):
+        def poisoned(x, out_features):
+            return common.empty_output(x, out_features).fill_(float("nan"))
+
+        for module in (block, diag, nm):
+            monkeypatch.setattr(module, "empty_output", poisoned)
+
+    @pytest.fixture(autouse=True)
+    def _products_of_bfloat16(monkeypatch):
+        """The interpreter keeps bfloat16 as raw bits and multiplies these in a dot; float32 holds the same products."""
+        dot = interpreter.InterpreterBuilder.create_dot
+
+        def widened(self, a, b, *rest):
+            wide = [self.cast_impl(each, triton_float32) if each.dtype.scalar.is_bf16() else each for each in (a, b)]
+            return dot(self, *wide, *rest)
+
+        triton_float32 = interpreter.tl.float32
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
+
+    @pytest.mark.parametrize(("family", "shape", "tokens", "turn"), CASES)
+    def test_forward_equals_float64(make_case, family, shape, tokens, turn):
+        check_forward(make_case, family, shape, CPU, tokens, turn)
+
+    @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
+    def test_gradients_equal_the_dense_ones(make_case, family, shape):
+        check_gradients(make_case, family, shape, CPU)
+
+    @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
+    def test_values_are_converted_to_the_dtype_of_the_input(make_case, family, shape):
+        structure, options = FAMILIES[family]
+        for values, inputs in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+            case = make_case(structure, *shape, 0.3, "i", values, **options)
+            x = torch.randn(3, shape[1]).to(inputs)
+            # The interpreter cuts where hardware rounds.
+            close(layer.TritonKernel(case.layout)(x, None), case.weight.to(inputs), x, None, slack=2)
+
+    @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
+    def test_any_leading_shape_and_stride(make_case, family, shape):
+        structure, options = FAMILIES[family]
+        case = make_case(structure, *shape, 0.3, "io", **options)
+        kernel = layer.TritonKernel(case.layout)
+        for x in (torch.randn(shape[1]), torch.randn(2, 0, shape[1]), torch.randn(shape[1], 3).t()):
+            y = kernel(x, None)
+            assert y.shape == (*x.shape[:-1], shape[0])
+            if x.numel():
+                close(y, case.weight, x, None)
+
+    def test_empty_block_rows_and_layers_that_are_full(make_case):
+        case = make_case("block", 96, 64, 0.05, "o", block_size=16, block_rows="free")
+        assert int(case.layout.tensors["row_offsets"].diff().min()) == 0
+        x, bias = torch.randn(2, 64), torch.randn(96)
+        close(layer.TritonKernel(case.layout)(x, bias), case.weight, x, bias)
+        for structure, options in (("diag", {}), ("nm", {"nm": (4, 4)}), ("block", {"block_size": 16})):
+            for shape in ((80, 48), (48, 80), (64, 64)):
+                full = make_case(structure, *shape, 1.0, "i", **options)
+                x = torch.randn(2, shape[1])
+                close(layer.TritonKernel(full.layout)(x, None), full.weight, x, None)
+
+    def test_what_is_held_beside_the_packed_tensors(make_case):
+        assert layer.TritonKernel(make_case("block", 64, 64, 0.3, "i").layout).resident_bytes() == 0
+        assert layer.TritonKernel(make_case("nm", 64, 64, 0.3, "o").layout).resident_bytes() == 64 * 4
+        assert layer.TritonKernel(make_case("diag", 100, 64, 0.3, "o").layout).resident_bytes() == 100 * 4 + 2 * 2 * 4
+
+    @pytest.mark.parametrize("family", ["diag", "2:4", "block 16"])
+    def test_the_operators_keep_torch_s_rules(make_case, family):
+        structure, options = FAMILIES[family]
+        kernel = layer.TritonKernel(on(make_case(structure, 32, 48, 0.3, "io", **options), CPU))
+        x, bias = torch.randn(3, 48, requires_grad=True), torch.randn(32)
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed), test_utils=checks)
+
+    @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+    def test_a_packed_layer_takes_its_kernel(monkeypatch, structure):
+        from padst_kernels.cpu import native
+
+        from tests.runtime.test_packed_linear import make
+
+        monkeypatch.setattr(native, "serves", lambda *_: False)
+        monkeypatch.setattr(rules, "serves", lambda *_: True)
+        packed, weight, bias = make(structure)
+        assert packed.kernel_name(3) == f"cuda-triton-{structure}"
+        with torch.inference_mode():
+            packed(torch.randn(1, 80))
+        x = torch.randn(3, 80, requires_grad=True)
+        y = packed(x)
+        close(y, weight, x, bias)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(3, 80), rtol=1e-4, atol=1e-4)
+        packed.values.data.zero_()
+        packed.load_state_dict(packed.state_dict())
+        assert torch.equal(packed(x), packed.bias.expand(3, 48))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process of the interpreter")
+@pytest.mark.parametrize("share", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_under_the_interpreter(share):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", share, __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

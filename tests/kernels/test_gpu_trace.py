@@ -1,0 +1,104 @@
+"""The Triton kernels in graphs, and a padst without triton: what can be seen without running a kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from padst_kernels.cpu import native
+from padst_kernels.gpu import rules
+from torch import nn
+
+from tests.runtime.test_packed_linear import make
+
+STRUCTURES = ("block", "diag", "nm")
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """Layers on the CPU take the Triton kernels, as on a GPU; they can be traced there, not run."""
+    triton = pytest.importorskip("triton")
+    # Tracing reads a kernel's accesses off its intermediate code, for which triton wants to know the device.
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(native, "serves", lambda *_: False)
+    monkeypatch.setattr(rules, "serves", lambda *_: True)
+    torch._dynamo.reset()
+
+
+def graphs_of(layer, x):
+    """The graphs that a compiler is handed for the layer, forward and backward; zeros stand for what they return."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def record(module, _):
+        graphs.append(module.graph)
+        results = [None if node is None else node.meta["val"] for node in module.graph.output_node().args[0]]
+        return make_boxed_func(
+            lambda *_: [None if each is None else torch.zeros(each.shape, dtype=each.dtype) for each in results]
+        )
+
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    y = compiled(x)
+    if x.requires_grad:
+        y.sum().backward()
+    return graphs
+
+
+def kernels_in(graph):
+    return [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_compiled_in_one_graph_down_to_the_kernel(structure):
+    with torch.no_grad():
+        (graph,) = graphs_of(make(structure)[0].eval(), torch.randn(3, 80))
+    (kernel,) = kernels_in(graph)
+    assert kernel.kwargs["tensors_to_clone"] == ["y"], "something other than the output counts as written"
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_are_compiled_with_it(structure):
+    graphs = graphs_of(make(structure)[0].eval(), torch.randn(3, 80, requires_grad=True))
+    assert [len(kernels_in(graph)) for graph in graphs] == [1, 1]
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_exported_as_one_operator_for_any_number_of_tokens(structure):
+    layer = nn.Sequential(make(structure)[0]).eval()
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(layer, (torch.randn(5, 80),), dynamic_shapes=({0: tokens},), strict=True)
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and "padst" in str(node.target)]
+    assert [str(node.target) for node in calls] == [f"padst.triton_{structure}.default"]
+    shape = calls[0].meta["val"].shape
+    assert isinstance(shape[0], torch.SymInt)
+    assert shape[1] == 48
+
+
+def test_without_triton_the_cpu_works_and_a_gpu_takes_torch_s_product():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from padst_kernels.gpu import rules
+from tests.runtime.test_packed_linear import make
+assert not rules.HAS_TRITON
+for structure in ("block", "diag", "nm"):
+    layer, weight, bias = make(structure)
+    x = torch.randn(3, 80)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, bias))
+    assert layer.kernel_name(1, torch.device("cuda")).startswith("torch-")
+assert not any(name.startswith("padst_kernels.gpu.") and name != "padst_kernels.gpu.rules" for name in sys.modules)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
