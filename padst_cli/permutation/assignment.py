@@ -30,7 +30,7 @@ EXCHANGE_LIMIT = 512
 EXCHANGE_ROWS = 2048
 """Most rows that one sweep of exchanges sums its gains over: more are sampled, anew for each sweep."""
 _STAY = 1e-9
-_ENOUGH = 1e-4
+_ENOUGH = 1e-5
 """A round that adds less than this to the kept share is the last."""
 
 
