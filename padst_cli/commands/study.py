@@ -42,6 +42,10 @@ def study(
         str | None, typer.Option("--controls", help="Unstructured: rigl, set; comma separated.")
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="For example 0,1,2.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="This one seed, as --seeds SEED.", min=0)] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="auto, float32 or bfloat16: what every run's training computes in.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps of every run.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", help="Runs that go on at once.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the cells of an earlier study there.")] = False,
@@ -60,13 +64,15 @@ def study(
             "sparsities": _list(sparsities, float, "--sparsities"),
             "permutations": _list(permutations, str, "--permutations"),
             "controls": _list(controls, str, "--controls"),
-            "seeds": _list(seeds, int, "--seeds"),
+            "seeds": _list(seeds if seed is None else str(seed), int, "--seeds"),
             "steps": steps,
             "jobs": jobs,
         }
         if recipe is None and model is None:
             raise PadstError("a study needs a recipe (study-small comes with padst) or a --model")
-        chosen = load_study(recipe, {key: value for key, value in changes.items() if value is not None})
+        if seed is not None and seeds is not None:
+            raise PadstError("--seed and --seeds say the same; give one of them")
+        chosen = load_study(recipe, {key: value for key, value in changes.items() if value is not None}, dtype)
         if dry_run:
             _show_cells(console, expand(chosen))
             return

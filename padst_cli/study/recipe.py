@@ -146,11 +146,16 @@ class StudyRecipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_study(name_or_path: str | None, changes: Mapping[str, Any]) -> StudyRecipe:
+def load_study(name_or_path: str | None, changes: Mapping[str, Any], dtype: str | None = None) -> StudyRecipe:
     """A study file, or one that comes with padst by name, with `changes` (top-level keys) laid over it.
+
+    `dtype` is that of every run, in place of what the study's recipe says.
 
     Without either the changes are the study. Raises `PadstError` for bad YAML, bad keys and bad values.
     """
     raw = read_mapping(name_or_path, study_names(), "study") if name_or_path else {}
     source = f"study '{name_or_path}'" if name_or_path else "study"
-    return StudyRecipe.from_dict({**raw, **changes}, source=source)
+    whole = {**raw, **changes}
+    if dtype is not None:
+        whole["recipe"] = {**(whole.get("recipe") or {}), "dtype": dtype}
+    return StudyRecipe.from_dict(whole, source=source)

@@ -43,6 +43,7 @@ def test_a_users_error_becomes_one_sentence_and_its_exit_code(capsys: pytest.Cap
     assert "the cat sat on the model" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_one_sentence_and_130(capsys: pytest.CaptureFixture[str], stop: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)

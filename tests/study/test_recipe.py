@@ -87,3 +87,8 @@ def test_a_file_and_what_is_laid_over_it(tmp_path: Path) -> None:
     assert load_study(None, ONE).models[0].name == "tiny"
     with pytest.raises(PadstError, match=r"no study file 'study-smal'.*did you mean 'study-small'"):
         load_study("study-smal", {})
+
+
+def test_a_dtype_holds_for_every_run():
+    study = load_study(None, {**ONE, "recipe": {"eval_samples": 5}}, "bfloat16")
+    assert dict(study.recipe) == {"eval_samples": 5, "dtype": "bfloat16"}

@@ -158,6 +158,7 @@ def test_random_generators_come_back_where_they_were():
     assert [random.random(), np.random.rand(), torch.rand(1).item(), random.gauss(0, 1)] == draws
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_signals_are_caught_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
