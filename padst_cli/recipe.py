@@ -49,11 +49,29 @@ FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 """Keys, dotted, that may be None in a recipe until its run has opened the model."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys are refused, and nothing changes once it is made."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class PermutationRecipe(_Strict):
+class Document(Strict):
+    """What a YAML file holds as a whole."""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Self:
+        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise PadstError(explain(error, source, cls)) from None
+
+    def to_yaml(self) -> str:
+        """The whole of it as YAML that reads back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class PermutationRecipe(Strict):
     """How each layer's permutation is found, and what its learner needs.
 
     `learner` counts for kind "learned": "soft" trains a doubly stochastic matrix, "projected" a dense weight behind the
@@ -120,7 +138,7 @@ class PermutationRecipe(_Strict):
         return self
 
 
-class SupportRecipe(_Strict):
+class SupportRecipe(Strict):
     """Dynamic sparse training: which units are dropped and grown, how many, how often and until when.
 
     `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
@@ -136,7 +154,7 @@ class SupportRecipe(_Strict):
     dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
 
 
-class TrainingRecipe(_Strict):
+class TrainingRecipe(Strict):
     """The fine-tuning phase. `batch_size` is the global batch of one optimizer step, over all processes.
 
     `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
@@ -166,7 +184,7 @@ class TrainingRecipe(_Strict):
         return self
 
 
-class CalibrationRecipe(_Strict):
+class CalibrationRecipe(Strict):
     """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted."""
 
     samples: int = Field(default=64, ge=1)
@@ -175,7 +193,7 @@ class CalibrationRecipe(_Strict):
     damping: float = Field(default=0.01, gt=0.0)
 
 
-class Recipe(_Strict):
+class Recipe(Document):
     """One whole run of `padst sparsify`."""
 
     model: str | None = None
@@ -245,18 +263,6 @@ class Recipe(_Strict):
     def stated(self) -> dict[str, Any]:
         """The values that a file, a flag or the run itself stated, by dotted key; defaults are left out."""
         return dotted(self.model_dump(mode="json", exclude_unset=True))
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            raise PadstError(explain(error, source, cls)) from None
-
-    def to_yaml(self) -> str:
-        """The whole recipe as YAML that `load_recipe` reads back to an equal value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

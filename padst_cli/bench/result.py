@@ -27,13 +27,11 @@ class Roofline:
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """One layer shape with one structure at one token count; times in microseconds a call, bias and permutation
-    included.
+class TimedRow:
+    """One layer shape with one structure at one token count, timed; microseconds, bias and permutation included.
 
     `count` layers of the model are like it, `name` is the first. `dense_spread` and `sparse_spread` are interquartile
-    ranges over medians. `density` is the achieved one. `resident_bytes` are those of the weight after the runs in all
-    its forms, `resident_bound` the most it may take.
+    ranges over medians. `density` is the achieved one, `kernel` what computed the sparse side.
     """
 
     name: str
@@ -41,7 +39,6 @@ class LayerRow:
     out_features: int
     in_features: int
     structure: str
-    parameters: Mapping[str, Any]
     density: float
     tokens: int
     dense_us: float
@@ -50,6 +47,15 @@ class LayerRow:
     kernel: str
     dense_spread: float
     sparse_spread: float
+
+
+@dataclass(frozen=True)
+class LayerRow(TimedRow):
+    """A layer's product; `resident_bytes` are those of the weight after the runs in all its forms, `resident_bound` the
+    most it may take.
+    """
+
+    parameters: Mapping[str, Any]
     resident_bytes: int
     resident_bound: float
     roofline: Roofline
@@ -90,25 +96,8 @@ class ModelRates:
 
 
 @dataclass(frozen=True)
-class TrainRow:
-    """One layer's training step (forward, gradients of input, weight and bias) at one token count; microseconds a step.
-
-    `kernel` names what computed the sparse side, the other fields are those of `LayerRow`.
-    """
-
-    name: str
-    count: int
-    out_features: int
-    in_features: int
-    structure: str
-    density: float
-    tokens: int
-    dense_us: float
-    sparse_us: float
-    speedup: float
-    kernel: str
-    dense_spread: float
-    sparse_spread: float
+class TrainRow(TimedRow):
+    """A layer's training step: forward, and the gradients of input, weight and bias."""
 
 
 @dataclass(frozen=True)

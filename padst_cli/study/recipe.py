@@ -11,11 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from padst_cli.errors import PadstError
-from padst_cli.recipe import explain, read_mapping, study_names
+from padst_cli.recipe import Document, Strict, read_mapping, study_names
 
 EMBEDDED: Final = "embedded"
 """The model that stands for the checkpoint that comes with padst."""
@@ -43,11 +41,7 @@ CONTROLS: Final[Mapping[str, Changes]] = {
 """The unstructured runs that a structure is held against."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class StudyModel(_Strict):
+class StudyModel(Strict):
     """One model of the grid: a hub id, a folder, or `embedded`; its data as in the run recipe.
 
     `$NAME` in the three paths stands for an environment variable. `name` is how tables and folders call it (by default
@@ -59,7 +53,7 @@ class StudyModel(_Strict):
     data: str | None = None
     eval_data: str | None = None
     sparsities: tuple[Sparsity, ...] = ()
-    recipe: Changes = {}
+    recipe: Changes = Field(default={})
 
     @field_validator("model", "data", "eval_data")
     @classmethod
@@ -86,7 +80,7 @@ class StudyModel(_Strict):
         return value
 
 
-class StudyRecipe(_Strict):
+class StudyRecipe(Document):
     """A whole study.
 
     Run in every (model, sparsity, seed): the unstructured `controls`, and every structure with each of the
@@ -97,7 +91,7 @@ class StudyRecipe(_Strict):
     """
 
     models: tuple[StudyModel, ...] = Field(min_length=1)
-    structures: dict[Structured, Changes] = {"diag": {}, "nm": {}, "block": {}}
+    structures: dict[Structured, Changes] = Field(default={"diag": {}, "nm": {}, "block": {}})
     sparsities: tuple[Sparsity, ...] = Field(default=(0.8, 0.9, 0.95), min_length=1)
     permutations: tuple[PermutationMethod, ...] = ("none", "random", "assignment", "learned", "frozen")
     controls: tuple[Control, ...] = ("rigl", "set")
@@ -107,7 +101,7 @@ class StudyRecipe(_Strict):
     dense_control: bool = True
     checkpoints: bool = True
     jobs: int = Field(default=1, ge=1)
-    recipe: Changes = {}
+    recipe: Changes = Field(default={})
 
     @field_validator("structures", mode="before")
     @classmethod
@@ -133,25 +127,12 @@ class StudyRecipe(_Strict):
             raise ValueError("the dense model is fine-tuned beside a control; name one, or turn dense_control off")
         return self
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "study") -> StudyRecipe:
-        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            raise PadstError(explain(error, source, cls)) from None
-
-    def to_yaml(self) -> str:
-        """The whole study as YAML that `load_study` reads back to an equal value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
 
 def load_study(name_or_path: str | None, changes: Mapping[str, Any], dtype: str | None = None) -> StudyRecipe:
     """A study file, or one that comes with padst by name, with `changes` (top-level keys) laid over it.
 
-    `dtype` is that of every run, in place of what the study's recipe says.
-
-    Without either the changes are the study. Raises `PadstError` for bad YAML, bad keys and bad values.
+    Without either the changes are the study. `dtype` is that of every run, in place of what its recipe says. Raises
+    `PadstError` for bad YAML, bad keys and bad values.
     """
     raw = read_mapping(name_or_path, study_names(), "study") if name_or_path else {}
     source = f"study '{name_or_path}'" if name_or_path else "study"
