@@ -45,6 +45,9 @@ or without, are carried over from causal LMs. Sparse language models recover fas
 on text that it knows.
 """
 
+_NM_TOLERANCE: Final = 0.01
+"""How far a stated sparsity may lie from that of a stated N:M: as far as what is achieved may from what is requested."""
+
 FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 """Keys, dotted, that may be None in a recipe until its run has opened the model."""
 
@@ -238,6 +241,24 @@ class Recipe(Document):
             parse_nm(value)
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nm_says_sparsity(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("nm"), str) and "sparsity" not in raw:
+            return {**raw, "sparsity": nm_sparsity(raw["nm"])}
+        return raw
+
+    @model_validator(mode="after")
+    def _nm_agrees(self) -> Self:
+        if self.nm is None:
+            return self
+        if self.structure != "nm":
+            raise ValueError(f"nm {self.nm} belongs to structure 'nm', not to '{self.structure}'")
+        given = nm_sparsity(self.nm)
+        if abs(given - self.sparsity) > _NM_TOLERANCE:
+            raise ValueError(f"nm {self.nm} is a sparsity of {given:.4g}, not {self.sparsity:.4g}: leave one of them out")
+        return self
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.support.method == "dynadiag" and self.structure != "diag":
@@ -282,6 +303,12 @@ def parse_nm(text: str) -> tuple[int, int]:
     if not 1 <= n < m <= 32:
         raise ValueError(f"N:M needs 1 <= N < M <= 32, not {text}")
     return n, m
+
+
+def nm_sparsity(text: str) -> float:
+    """The sparsity of `"2:4"`, 1 - N / M; raises ValueError as `parse_nm` does."""
+    n, m = parse_nm(text)
+    return 1.0 - n / m
 
 
 def recipe_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -181,3 +182,19 @@ def test_broken_files_are_one_sentence(tmp_path: Path, text: str | bytes, words:
         load_recipe(str(path))
     assert "broken.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_nm_alone_says_the_sparsity() -> None:
+    assert Recipe.from_dict({"structure": "nm", "nm": "2:4"}).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"structure": "nm", "nm": "2:4", "sparsity": 0.9}, "nm 2:4 is a sparsity of 0.5, not 0.9"),
+        ({"structure": "diag", "nm": "2:4"}, "belongs to structure 'nm', not to 'diag'"),
+    ],
+)
+def test_nm_must_agree_with_what_stands_beside_it(raw: dict[str, object], said: str) -> None:
+    with pytest.raises(PadstError, match=re.escape(said)):
+        Recipe.from_dict(raw)
