@@ -25,7 +25,9 @@ def bench(
     baseline: Annotated[str, typer.Option("--baseline", help="What to compare with: dense.")] = "dense",
     random_weights: Annotated[bool, typer.Option("--random-weights", help="MODEL needs only a config.json.")] = False,
     structure: Annotated[str, typer.Option("--structure", help="With --random-weights.")] = "diag",
-    sparsity: Annotated[float, typer.Option("--sparsity", help="With --random-weights.")] = 0.9,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="With --random-weights; default: that of --nm, else 0.9.")
+    ] = None,
     nm: Annotated[str | None, typer.Option("--nm", help="With --random-weights: N:M.")] = None,
     block_size: Annotated[int, typer.Option("--block-size", help="With --random-weights: 16, 32 or 64.")] = 16,
     band: Annotated[int, typer.Option("--band", help="With --random-weights: diagonals in runs of this many.")] = 1,
@@ -62,7 +64,7 @@ def bench(
             raise PadstError(f"--chart '{chart}' is not the name of an .svg file in a folder that exists")
         changes = {
             "structure": structure,
-            "sparsity": sparsity,
+            **({} if sparsity is None else {"sparsity": sparsity}),
             "nm": nm,
             "block_size": block_size,
             "band": band,
