@@ -46,7 +46,7 @@ on text that it knows.
 """
 
 _NM_TOLERANCE: Final = 0.01
-"""How far a stated sparsity may lie from that of a stated N:M: as far as what is achieved may from what is requested."""
+"""How far a stated sparsity may lie from that of a stated N:M."""
 
 FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 """Keys, dotted, that may be None in a recipe until its run has opened the model."""
@@ -256,7 +256,9 @@ class Recipe(Document):
             raise ValueError(f"nm {self.nm} belongs to structure 'nm', not to '{self.structure}'")
         given = nm_sparsity(self.nm)
         if abs(given - self.sparsity) > _NM_TOLERANCE:
-            raise ValueError(f"nm {self.nm} is a sparsity of {given:.4g}, not {self.sparsity:.4g}: leave one of them out")
+            raise ValueError(
+                f"nm {self.nm} is a sparsity of {given:.4g}, not {self.sparsity:.4g}: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
