@@ -21,6 +21,7 @@ PermutationKind = Literal["learned", "assignment", "random", "none"]
 Learner = Literal["soft", "projected", "straight-through"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
+StartMethod = Literal["saliency", "magnitude", "wanda", "sparsegpt"]
 
 DEFAULT_TARGETS = "default"
 """The entry of `targets` that stands for the attention and MLP projections of all repeated blocks."""
@@ -188,12 +189,18 @@ class TrainingRecipe(Strict):
 
 
 class CalibrationRecipe(Strict):
-    """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted."""
+    """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted.
+
+    `start` "saliency" is padst's own: permutation and support by saliency, then the refit. The others are the one-shot
+    baselines that it is held against, each by its own rule, in the layer's own order and without a refit: "magnitude"
+    serves every structure, "wanda" and "sparsegpt" choose within rows and serve N:M and unstructured.
+    """
 
     samples: int = Field(default=64, ge=1)
     batch_size: int = Field(default=8, ge=1)
     refit: bool = True
     damping: float = Field(default=0.01, gt=0.0)
+    start: StartMethod = "saliency"
 
 
 class Recipe(Document):
@@ -268,6 +275,18 @@ class Recipe(Document):
                 f"learner 'projected' chooses the support by its latent weight and takes no dst method: leave "
                 f"'{self.support.method}' out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _start_serves(self) -> Self:
+        start, served = self.calibration.start, ("nm", "unstructured")
+        if start in ("wanda", "sparsegpt") and self.structure not in served:
+            raise ValueError(
+                f"start '{start}' chooses weights within rows: it serves structures {' and '.join(served)}, not "
+                f"'{self.structure}'"
+            )
+        if start != "saliency" and self.structure != "unstructured" and self.permutation.kind != "none":
+            raise ValueError(f"start '{start}' keeps every layer in its own order: it needs permutation 'none'")
         return self
 
     def updated(self, changes: Mapping[str, Any]) -> Recipe:

@@ -69,6 +69,7 @@ FLAGS = (
     ),
     Flag("--ignore", "ignore", list[str], "Not these layers (module name parts or re:EXPR); may be repeated."),
     Flag("--refit/--no-refit", "calibration.refit", bool, "Refit surviving weights in closed form at the start."),
+    Flag("--start", "calibration.start", str, "saliency (padst's own), or one shot by magnitude, wanda or sparsegpt."),
     Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),
     Flag("--dense-control/--no-dense-control", "dense_control", bool, "Also fine-tune the dense model as long."),
     Flag("--eval-samples", "eval_samples", int, "Evaluate on at most this many windows or images."),

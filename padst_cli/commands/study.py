@@ -41,6 +41,9 @@ def study(
     controls: Annotated[
         str | None, typer.Option("--controls", help="Unstructured: rigl, set; comma separated.")
     ] = None,
+    one_shot: Annotated[
+        str | None, typer.Option("--one-shot", help="Never trained: start, magnitude, wanda, sparsegpt.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="For example 0,1,2.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="This one seed, as --seeds SEED.", min=0)] = None,
     dtype: Annotated[
@@ -64,6 +67,7 @@ def study(
             "sparsities": _list(sparsities, float, "--sparsities"),
             "permutations": _list(permutations, str, "--permutations"),
             "controls": _list(controls, str, "--controls"),
+            "one_shot": _list(one_shot, str, "--one-shot"),
             "seeds": _list(seeds if seed is None else str(seed), int, "--seeds"),
             "steps": steps,
             "jobs": jobs,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from padst_cli.errors import PadstError
+from padst_cli.initialise.one_shot import METHODS
 from padst_cli.initialise.refit import refit
 from padst_cli.initialise.saliency import plain_saliency, refit_saliency
 from padst_cli.initialise.start import LayerStart
@@ -86,6 +87,11 @@ def start_layers(
     try:
         statistics.check_finite()
         aims = [statistics.aim(weight) for weight in weights]
+        if recipe.calibration.start != "saliency":
+            return [
+                _one_shot(layer, weight, one.bias, aim, statistics, recipe)
+                for layer, weight, one, aim in zip(layers, weights, dense, aims, strict=True)
+            ]
         scores = [_saliency(weight, aim, statistics, recipe) for weight, aim in zip(weights, aims, strict=True)]
         orders = choose_orders(scores, layers, recipe)
         del scores
@@ -95,6 +101,28 @@ def start_layers(
         ]
     except PadstError as error:
         raise PadstError(f"{layers[0].name}: {error}") from None
+
+
+def _one_shot(
+    layer: LayerPlan, weight: Tensor, bias: Tensor | None, aim: Tensor, statistics: InputStatistics, recipe: Recipe
+) -> tuple[LayerStart, int]:
+    """The layer as the one-shot method of the recipe leaves it, in its own order."""
+    method = METHODS[recipe.calibration.start]
+    pruned = method(weight, layer.structure, statistics, recipe.calibration.damping)
+    before, after = statistics.relative_errors(weight, aim, (torch.where(pruned.mask, weight, 0.0), pruned.weight))
+    start = LayerStart(
+        name=layer.name,
+        structure=layer.structure,
+        weight=pruned.weight,
+        mask=pruned.mask,
+        bias=None if bias is None else bias.detach().clone(),
+        perm_in=None,
+        perm_out=None,
+        error_mask=before,
+        error=after,
+        kept=kept_share(plain_saliency(weight, statistics), pruned.mask),
+    )
+    return start, pruned.escalated_rows
 
 
 def _fill(
