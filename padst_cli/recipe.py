@@ -148,6 +148,9 @@ class SupportRecipe(Strict):
     `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
     the run. With `permutation.learner` "projected" only `every` and `until` count: what moves follows from the latent
     weight, which is dropped at `until`.
+
+    `start_density` begins training at that density (1 is dense) and lets it fall along a cubic to the target, which it
+    reaches at the share `density_until` of the run, in the steps that move the support; None starts at the target.
     """
 
     method: DstMethod = "rigl"
@@ -156,6 +159,12 @@ class SupportRecipe(Strict):
     until: float = Field(default=0.75, ge=0.0, le=1.0)
     mest_gamma: float = Field(default=1.0, ge=0.0)
     dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
+    start_density: float | None = Field(default=None, gt=0.0, le=1.0)
+    density_until: float = Field(default=0.5, gt=0.0, lt=1.0)
+
+    def narrowed_after(self, steps: int) -> int | None:
+        """The step of a run, counted from 0, that brings the target density; None where the run begins with it."""
+        return None if self.start_density is None else min(steps - 1, max(1, round(self.density_until * steps)))
 
 
 class TrainingRecipe(Strict):
@@ -275,6 +284,20 @@ class Recipe(Document):
                 f"learner 'projected' chooses the support by its latent weight and takes no dst method: leave "
                 f"'{self.support.method}' out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _density_falls(self) -> Self:
+        start, density = self.support.start_density, round(1.0 - self.sparsity, 9)
+        if start is None:
+            return self
+        if start <= density:
+            raise ValueError(f"start_density {start} is not above the target density {density}; leave it out")
+        if not self.training.steps:
+            raise ValueError("start_density falls to the target in training: it needs training.steps")
+        chooser = "learner 'projected'" if self.permutation.is_projected else f"dst method '{self.support.method}'"
+        if self.permutation.is_projected or self.support.method == "dynadiag":
+            raise ValueError(f"start_density needs a support that is dropped from; {chooser} chooses it anew each time")
         return self
 
     @model_validator(mode="after")

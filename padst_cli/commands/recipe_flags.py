@@ -60,6 +60,8 @@ FLAGS = (
         "One input permutation for the layers that read the same input (query, key and value; gate and up).",
     ),
     Flag("--dst", "support.method", str, "How the support moves: rigl, set, mest, dynadiag or static."),
+    Flag("--start-density", "support.start_density", float, "Begin at this density (1: dense) and fall to the target."),
+    Flag("--density-until", "support.density_until", float, "Share of the run by which --start-density has fallen."),
     Flag("--allocation", "allocation", str, "uniform, erk, owl, error, or a YAML file of layer pattern: sparsity."),
     Flag(
         "--targets",

@@ -42,9 +42,9 @@ CONTROLS: Final[Mapping[str, Changes]] = {
 """The unstructured runs that a structure is held against."""
 
 ONE_SHOT: Final[Mapping[str, Changes]] = {
-    "start": {"permutation.kind": "assignment"},
+    "start": {"permutation.kind": "assignment", "support.start_density": None},
     **{
-        method: {"permutation.kind": "none", "calibration.start": method}
+        method: {"permutation.kind": "none", "calibration.start": method, "support.start_density": None}
         for method in ("magnitude", "wanda", "sparsegpt")
     },
 }

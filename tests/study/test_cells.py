@@ -88,7 +88,7 @@ def test_the_dense_model_is_tuned_once_a_model_and_seed() -> None:
 
 def test_what_is_never_trained() -> None:
     methods = ["start", "magnitude", "wanda", "sparsegpt"]
-    study = grid(structures={"nm": {}, "diag": {}}, one_shot=methods)
+    study = grid(structures={"nm": {}, "diag": {}}, one_shot=methods, recipe={"support": {"start_density": 0.9}})
     cells = [cell for cell in expand(study) if cell.method in methods and cell.seed == 7 and cell.model == "one"]
     places = {(cell.structure, cell.sparsity) for cell in cells}
     assert places == {(kind, at) for kind in ("unstructured", "nm") for at in (0.8, 0.9)} | {

@@ -37,6 +37,7 @@ PROJECTED = {"permutation.learner": "projected"}
         {"structure": "nm", "support.method": "set"},
         PROJECTED,
         {"structure": "block", "permutation.side": "both", **PROJECTED},
+        {"structure": "nm", "support.start_density": 1.0, "support.density_until": 0.8},
         {"permutation.learner": "straight-through", "permutation.group": 12, "permutation.resolve_every": 3},
     ],
 )
