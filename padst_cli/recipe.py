@@ -173,6 +173,12 @@ class TrainingRecipe(Strict):
     `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
     dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
     only. `learning_rate` None is filled in from `LEARNING_RATES` once the task is known.
+
+    `distill_attention` weighs a further term, added to the rest: the squared distance of the student's attention maps
+    from the teacher's (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused kernel.
+
+    `average` is the share of the steps, the last ones, whose weights are averaged into the result; 0 takes those of the
+    last step. Supports and permutations must have come to rest by then.
     """
 
     steps: int = Field(default=1000, ge=0)
@@ -186,6 +192,8 @@ class TrainingRecipe(Strict):
     distill: bool = True
     distill_weight: float = Field(default=0.5, ge=0.0, le=1.0)
     distill_temperature: float = Field(default=1.0, gt=0.0)
+    distill_attention: float = Field(default=0.0, ge=0.0)
+    average: float = Field(default=0.0, ge=0.0, lt=1.0)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0)
     save_every: int = Field(default=100, ge=1)
@@ -194,6 +202,8 @@ class TrainingRecipe(Strict):
     def _divides(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.distill_attention and not self.distill:
+            raise ValueError("distill_attention compares with the dense model: it needs distill")
         return self
 
 
@@ -298,6 +308,20 @@ class Recipe(Document):
         chooser = "learner 'projected'" if self.permutation.is_projected else f"dst method '{self.support.method}'"
         if self.permutation.is_projected or self.support.method == "dynadiag":
             raise ValueError(f"start_density needs a support that is dropped from; {chooser} chooses it anew each time")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_at_rest(self) -> Self:
+        begin = round(1.0 - self.training.average, 9)
+        rest = {"support.until": self.support.until if self.support.method != "static" else 0.0}
+        rest["permutation.deadline"] = self.permutation.deadline if self.permutation.is_soft else 0.0
+        rest["support.density_until"] = self.support.density_until if self.support.start_density is not None else 0.0
+        late = [key for key, share in rest.items() if share > begin]
+        if self.training.average and late:
+            raise ValueError(
+                f"training.average {self.training.average} begins at the share {begin} of the run, before {late[0]} "
+                f"{rest[late[0]]}: weights are averaged only once supports and permutations rest"
+            )
         return self
 
     @model_validator(mode="after")

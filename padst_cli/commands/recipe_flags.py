@@ -73,6 +73,13 @@ FLAGS = (
     Flag("--refit/--no-refit", "calibration.refit", bool, "Refit surviving weights in closed form at the start."),
     Flag("--start", "calibration.start", str, "saliency (padst's own), or one shot by magnitude, wanda or sparsegpt."),
     Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),
+    Flag(
+        "--distill-attention",
+        "training.distill_attention",
+        float,
+        "Weight of the distance from the dense model's attention maps; 0: none.",
+    ),
+    Flag("--average", "training.average", float, "Average the weights of this share of the steps, the last ones."),
     Flag("--dense-control/--no-dense-control", "dense_control", bool, "Also fine-tune the dense model as long."),
     Flag("--eval-samples", "eval_samples", int, "Evaluate on at most this many windows or images."),
     Flag("--eval-every", "training.eval_every", int, "Evaluate every so many steps; 0: at the end only."),

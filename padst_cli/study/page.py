@@ -201,7 +201,7 @@ def _learning_table(rows: Sequence[Row], contrasts: Sequence[Contrast]) -> str:
 
 
 def _cost_table(rows: Sequence[Row]) -> str:
-    """Step time and memory of every method, beside the assignment of its structure."""
+    """Step time and memory of every trained method, beside the assignment of its structure: the cost of learning."""
     base = {row.structure: row for row in rows if row.method == "assignment"}
     cells = []
     for row in rows:

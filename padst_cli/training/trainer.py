@@ -24,6 +24,7 @@ from padst_cli.data.items import collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
 from padst_cli.recipe import Recipe
+from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
@@ -141,9 +142,11 @@ class _Trainer:
         self.hardener = Hardener(self.layers, self.recipe)
         self.projection = Projection(self.layers, self.recipe)
         self._build_optimizer()
+        self.average = Average(self.weights, self.recipe.training)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            self.average.load_state_dict(state["average"])
             saved = state["progress"]
             self.progress = Progress(**{**saved, "hardened": [HardenedRecord(**each) for each in saved["hardened"]]})
             restore_random_state(state["random"][self.accelerator.process_index])
@@ -220,6 +223,7 @@ class _Trainer:
         self.progress.items_seen += self.recipe.training.batch_size
         self.progress.loss = terms.pop("loss")
         self._harden()
+        self.average.see(self.progress.step)
         return terms, wants_stop
 
     def _backward(self, index: int) -> dict[str, Tensor]:
@@ -326,6 +330,7 @@ class _Trainer:
         self._settle()
         for layer in self.layers.values():
             layer.fold_gates()
+        self.average.take()
         self.model.eval()
 
     # -- telling and keeping -----------------------------------------------------------------------------------------
@@ -387,6 +392,7 @@ class _Trainer:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
+                    "average": self.average.state_dict(),
                     "random": randoms,
                     "progress": asdict(self.progress),
                 }
