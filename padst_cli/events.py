@@ -75,11 +75,12 @@ class Hardened(Event):
 
 @dataclass(frozen=True)
 class SupportUpdated(Event):
-    """The support moved: how many entries of each layer were newly grown."""
+    """The support moved: how many entries of each layer were newly grown, and the density of all of them now."""
 
     step: int
     fraction: float
     moved: Mapping[str, int]
+    density: float
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ def _sides(structure: Structure, recipe: Recipe, *, shared: bool) -> tuple[str, 
     # A permutation maps the family of all masks to itself: it changes nothing for the unstructured control.
     if recipe.permutation.kind == "none" or recipe.structure == "unstructured":
         return ()
+    if recipe.permutation.side == "both" and structure.permute_inputs_only:
+        return ("input",)
     if recipe.permutation.side == "both":
         return ("input", "output")
     if recipe.permutation.side in ("input", "output"):

@@ -21,6 +21,7 @@ PermutationKind = Literal["learned", "assignment", "random", "none"]
 Learner = Literal["soft", "projected", "straight-through"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
+StartMethod = Literal["saliency", "magnitude", "wanda", "sparsegpt"]
 
 DEFAULT_TARGETS = "default"
 """The entry of `targets` that stands for the attention and MLP projections of all repeated blocks."""
@@ -147,6 +148,9 @@ class SupportRecipe(Strict):
     `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
     the run. With `permutation.learner` "projected" only `every` and `until` count: what moves follows from the latent
     weight, which is dropped at `until`.
+
+    `start_density` begins training at that density (1 is dense) and lets it fall along a cubic to the target, which it
+    reaches at the share `density_until` of the run, in the steps that move the support; None starts at the target.
     """
 
     method: DstMethod = "rigl"
@@ -155,6 +159,12 @@ class SupportRecipe(Strict):
     until: float = Field(default=0.75, ge=0.0, le=1.0)
     mest_gamma: float = Field(default=1.0, ge=0.0)
     dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
+    start_density: float | None = Field(default=None, gt=0.0, le=1.0)
+    density_until: float = Field(default=0.5, gt=0.0, lt=1.0)
+
+    def narrowed_after(self, steps: int) -> int | None:
+        """The step of a run, counted from 0, that brings the target density; None where the run begins with it."""
+        return None if self.start_density is None else min(steps - 1, max(1, round(self.density_until * steps)))
 
 
 class TrainingRecipe(Strict):
@@ -163,6 +173,12 @@ class TrainingRecipe(Strict):
     `accumulation` splits that batch into as many backward passes. `distill` mixes the loss with the divergence from the
     dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
     only. `learning_rate` None is filled in from `LEARNING_RATES` once the task is known.
+
+    `distill_attention` weighs a further term, added to the rest: the squared distance of the student's attention maps
+    from the teacher's (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused kernel.
+
+    `average` is the share of the steps, the last ones, whose weights are averaged into the result; 0 takes those of the
+    last step. Supports and permutations must have come to rest by then.
     """
 
     steps: int = Field(default=1000, ge=0)
@@ -176,6 +192,8 @@ class TrainingRecipe(Strict):
     distill: bool = True
     distill_weight: float = Field(default=0.5, ge=0.0, le=1.0)
     distill_temperature: float = Field(default=1.0, gt=0.0)
+    distill_attention: float = Field(default=0.0, ge=0.0)
+    average: float = Field(default=0.0, ge=0.0, lt=1.0)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0)
     save_every: int = Field(default=100, ge=1)
@@ -184,16 +202,24 @@ class TrainingRecipe(Strict):
     def _divides(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.distill_attention and not self.distill:
+            raise ValueError("distill_attention compares with the dense model: it needs distill")
         return self
 
 
 class CalibrationRecipe(Strict):
-    """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted."""
+    """The start from the pretrained weights: how much data is looked at, and whether survivors are refitted.
+
+    `start` "saliency" is padst's own: permutation and support by saliency, then the refit. The others are the one-shot
+    baselines that it is held against, each by its own rule, in the layer's own order and without a refit: "magnitude"
+    serves every structure, "wanda" and "sparsegpt" choose within rows and serve N:M and unstructured.
+    """
 
     samples: int = Field(default=64, ge=1)
     batch_size: int = Field(default=8, ge=1)
     refit: bool = True
     damping: float = Field(default=0.01, gt=0.0)
+    start: StartMethod = "saliency"
 
 
 class Recipe(Document):
@@ -270,6 +296,46 @@ class Recipe(Document):
                 f"learner 'projected' chooses the support by its latent weight and takes no dst method: leave "
                 f"'{self.support.method}' out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _density_falls(self) -> Self:
+        start, density = self.support.start_density, round(1.0 - self.sparsity, 9)
+        if start is None:
+            return self
+        if start <= density:
+            raise ValueError(f"start_density {start} is not above the target density {density}; leave it out")
+        if not self.training.steps:
+            raise ValueError("start_density falls to the target in training: it needs training.steps")
+        chooser = "learner 'projected'" if self.permutation.is_projected else f"dst method '{self.support.method}'"
+        if self.permutation.is_projected or self.support.method == "dynadiag":
+            raise ValueError(f"start_density needs a support that is dropped from; {chooser} chooses it anew each time")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_at_rest(self) -> Self:
+        begin = round(1.0 - self.training.average, 9)
+        rest = {"support.until": self.support.until if self.support.method != "static" else 0.0}
+        rest["permutation.deadline"] = self.permutation.deadline if self.permutation.is_soft else 0.0
+        rest["support.density_until"] = self.support.density_until if self.support.start_density is not None else 0.0
+        late = [key for key, share in rest.items() if share > begin]
+        if self.training.average and late:
+            raise ValueError(
+                f"training.average {self.training.average} begins at the share {begin} of the run, before {late[0]} "
+                f"{rest[late[0]]}: weights are averaged only once supports and permutations rest"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _start_serves(self) -> Self:
+        start, served = self.calibration.start, ("nm", "unstructured")
+        if start in ("wanda", "sparsegpt") and self.structure not in served:
+            raise ValueError(
+                f"start '{start}' chooses weights within rows: it serves structures {' and '.join(served)}, not "
+                f"'{self.structure}'"
+            )
+        if start != "saliency" and self.structure != "unstructured" and self.permutation.kind != "none":
+            raise ValueError(f"start '{start}' keeps every layer in its own order: it needs permutation 'none'")
         return self
 
     def updated(self, changes: Mapping[str, Any]) -> Recipe:

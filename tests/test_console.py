@@ -151,7 +151,7 @@ def test_plain_progress_shows_every_event() -> None:
     progress(PhaseStarted("train", 100))
     for event in (
         Message("words"),
-        SupportUpdated(3, 0.2, {"a": 4, "b": 6}),
+        SupportUpdated(3, 0.2, {"a": 4, "b": 6}, 0.1),
         Hardened(3, "a", 0.2, "penalty", 4),
         Saved(3, "out/state"),
         Evaluated(3, "perplexity", 21.345, "dense_finetuned"),

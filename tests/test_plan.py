@@ -96,3 +96,10 @@ def test_output_side_cannot_be_shared():
     with pytest.raises(PadstError, match="side 'output' permutes no inputs"):
         plan_of("llama", {**SHARED, "permutation.side": "output"})
     assert by_ending(plan_of("llama", {**SHARED, "permutation.side": "both"}), "k_proj").sides == ("input", "output")
+
+
+def test_both_sides_are_permuted_where_both_can_gain() -> None:
+    both = {"permutation.side": "both", "sparsity": 0.5}
+    for structure, sides in {"diag": ("input", "output"), "block": ("input", "output"), "nm": ("input",)}.items():
+        layers = plan_of("llama", {**both, "structure": structure}).layers
+        assert {layer.sides for layer in layers} == {sides}, "rows of N:M are N:M in any order"

@@ -39,6 +39,12 @@ def show_plan(console: Console, result: PlanResult) -> None:
     console.result(result, render=lambda: _render(console, result))
 
 
+def _fall(result: PlanResult) -> str:
+    if result.start_density is None:
+        return "no"
+    return f"from {result.start_density:g}, along a cubic, within {result.narrowed_after} steps"
+
+
 def _render(console: Console, result: PlanResult) -> None:
     columns = ("layer", "out x in", "structure", "parameters", "permutation", "sparsity", "packed kB", "note")
     rows = [
@@ -65,6 +71,7 @@ def _render(console: Console, result: PlanResult) -> None:
             ("density of the whole model", f"{result.whole_model_density:.4f}"),
             ("dense / packed MB", f"{result.dense_bytes / 1e6:.2f} / {result.packed_bytes / 1e6:.2f}"),
             ("steps", str(result.steps)),
+            ("density falls", _fall(result)),
             ("memory of weights and optimizer, about", f"{result.run_bytes / 1e9:.2f} GB"),
         ],
     )

@@ -41,6 +41,9 @@ def study(
     controls: Annotated[
         str | None, typer.Option("--controls", help="Unstructured: rigl, set; comma separated.")
     ] = None,
+    one_shot: Annotated[
+        str | None, typer.Option("--one-shot", help="Never trained: start, magnitude, wanda, sparsegpt.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="For example 0,1,2.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="This one seed, as --seeds SEED.", min=0)] = None,
     dtype: Annotated[
@@ -64,6 +67,7 @@ def study(
             "sparsities": _list(sparsities, float, "--sparsities"),
             "permutations": _list(permutations, str, "--permutations"),
             "controls": _list(controls, str, "--controls"),
+            "one_shot": _list(one_shot, str, "--one-shot"),
             "seeds": _list(seeds if seed is None else str(seed), int, "--seeds"),
             "steps": steps,
             "jobs": jobs,
@@ -138,9 +142,39 @@ def _render(console: Console, result: StudyResult) -> None:
         ]
         columns = ("structure", "method", "KL to dense", "log perplexity or metric", "entries moved")
         console.table(f"{comparison['model']}, sparsity {comparison['sparsity']:g}", columns, rows)
+        _render_costs(console, comparison)
     for name, sentence in result.failures.items():
         console.message(f"{name} failed: {sentence}")
     console.message(f"{len(result.cells)} cells done; written to {result.output}: {', '.join(result.files)}")
+
+
+def _render_costs(console: Console, comparison: Mapping[str, Any]) -> None:
+    """What each learner of the permutation costs over the fixed one, a run and its soft phase apart."""
+    fixed = {row["structure"]: row for row in comparison["rows"] if row["method"] == "assignment"}
+    learners = [row for row in comparison["rows"] if row["moved"] and row["structure"] in fixed]
+    rows = [
+        (
+            row["structure"],
+            row["method"],
+            _ratio(row["step_seconds"], fixed[row["structure"]]["step_seconds"]),
+            _ratio(row["soft_step_seconds"], fixed[row["structure"]]["step_seconds"]),
+            _extra(row["peak_bytes"], fixed[row["structure"]]["peak_bytes"]),
+        )
+        for row in learners
+    ]
+    if rows:
+        columns = ("structure", "learner", "a step, over the run", "a step while soft", "peak memory")
+        console.table("cost of learning, against the fixed assignment", columns, rows)
+
+
+def _ratio(own: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
+    return "-" if own is None or base is None or not base["mean"] else f"x {own['mean'] / base['mean']:.2f}"
+
+
+def _extra(own: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
+    if own is None or base is None:
+        return "-"
+    return f"{(own['mean'] - base['mean']) / 1e6:+.0f} MB ({_ratio(own, base)})"
 
 
 def _figure(found: Mapping[str, Any] | None) -> str:

@@ -137,6 +137,7 @@ class Curve:
 
 def _curve(model: nn.Module, layer: LayerPlan, statistics: InputStatistics, recipe: Recipe) -> Curve:
     entries = layer.out_features * layer.in_features
+    recipe = recipe.updated({"support.start_density": None})
     points: dict[int, float] = {}
     for factor in DENSITIES if statistics.tokens else ():
         density = min(0.95, factor * (1.0 - recipe.sparsity))

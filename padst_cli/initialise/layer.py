@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from padst_cli.errors import PadstError
+from padst_cli.initialise.one_shot import METHODS
 from padst_cli.initialise.refit import refit
 from padst_cli.initialise.saliency import plain_saliency, refit_saliency
 from padst_cli.initialise.start import LayerStart
@@ -18,6 +19,7 @@ from padst_cli.permutation.apply import from_structure, permute_columns, random_
 from padst_cli.permutation.assignment import SearchResult, kept_share, search, search_shared
 from padst_cli.plan import LayerPlan
 from padst_cli.recipe import Recipe
+from padst_cli.structures import Structure
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -86,8 +88,14 @@ def start_layers(
     try:
         statistics.check_finite()
         aims = [statistics.aim(weight) for weight in weights]
+        if recipe.calibration.start != "saliency":
+            return [
+                _one_shot(layer, weight, one.bias, aim, statistics, recipe)
+                for layer, weight, one, aim in zip(layers, weights, dense, aims, strict=True)
+            ]
         scores = [_saliency(weight, aim, statistics, recipe) for weight, aim in zip(weights, aims, strict=True)]
         orders = choose_orders(scores, layers, recipe)
+        orders = [_opened(*each, recipe) for each in zip(orders, scores, layers, strict=True)]
         del scores
         return [
             _fill(layer, weight, one.bias, aim, order, statistics, recipe)
@@ -95,6 +103,44 @@ def start_layers(
         ]
     except PadstError as error:
         raise PadstError(f"{layers[0].name}: {error}") from None
+
+
+def opening(layer: LayerPlan, recipe: Recipe) -> Structure:
+    """The structure at the density that training begins with."""
+    start = recipe.support.start_density
+    return layer.structure if start is None else layer.structure.at_density(start)
+
+
+def _opened(order: SearchResult, score: Tensor, layer: LayerPlan, recipe: Recipe) -> SearchResult:
+    """An order found for the structure as it will be, with the support that training begins with."""
+    wide = opening(layer, recipe)
+    if wide == layer.structure:
+        return order
+    ordered = to_structure(score, order.perm_in, order.perm_out)
+    mask = wide.project(ordered)
+    return replace(order, mask=mask, kept=kept_share(ordered, mask))
+
+
+def _one_shot(
+    layer: LayerPlan, weight: Tensor, bias: Tensor | None, aim: Tensor, statistics: InputStatistics, recipe: Recipe
+) -> tuple[LayerStart, int]:
+    """The layer as the one-shot method of the recipe leaves it, in its own order."""
+    method = METHODS[recipe.calibration.start]
+    pruned = method(weight, opening(layer, recipe), statistics, recipe.calibration.damping)
+    before, after = statistics.relative_errors(weight, aim, (torch.where(pruned.mask, weight, 0.0), pruned.weight))
+    start = LayerStart(
+        name=layer.name,
+        structure=layer.structure,
+        weight=pruned.weight,
+        mask=pruned.mask,
+        bias=None if bias is None else bias.detach().clone(),
+        perm_in=None,
+        perm_out=None,
+        error_mask=before,
+        error=after,
+        kept=kept_share(plain_saliency(weight, statistics), pruned.mask),
+    )
+    return start, pruned.escalated_rows
 
 
 def _fill(

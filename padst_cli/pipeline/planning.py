@@ -20,6 +20,8 @@ class PlanResult:
     """What `padst plan` shows; fields are its JSON keys. Bytes: the whole model in the checkpoint's dtype.
 
     Where the recipe's `allocation` asks the data ("owl", "error"), densities are uniform here: the run decides them.
+    `start_density` is the density that training begins with, if that is another, and `narrowed_after` the steps after
+    which it has fallen to those of the plan.
     """
 
     layers: list[dict[str, Any]]
@@ -30,6 +32,8 @@ class PlanResult:
     packed_bytes: int
     run_bytes: int
     steps: int
+    start_density: float | None
+    narrowed_after: int | None
     skipped: list[dict[str, str]]
     allocation: str
 
@@ -79,6 +83,8 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
         packed_bytes=made.packed_bytes(dtype, dtype),
         run_bytes=made.run_bytes(recipe.permutation.is_soft, recipe.training.distill, recipe.permutation.lookup_group),
         steps=recipe.training.steps,
+        start_density=recipe.support.start_density,
+        narrowed_after=recipe.support.narrowed_after(recipe.training.steps),
         skipped=[{"name": skip.name, "reason": skip.reason} for skip in made.skipped],
         allocation=recipe.allocation,
     )

@@ -61,6 +61,13 @@ class Structure(ABC):
         Raises `DoesNotFit` with the reason when the shape admits no member.
         """
 
+    @abstractmethod
+    def at_density(self, density: float) -> Self:
+        """The same layout (M, block size, band) at the nearest reachable density, never sparser than this one.
+
+        As `density` falls, each choice of units can be made among those of the last one.
+        """
+
     def parameters(self) -> dict[str, Any]:
         """The structure's own parameters as JSON values (shape excluded); inverse of `from_parameters`."""
         shape = {"out_features", "in_features"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -60,6 +60,12 @@ class Block(Structure):
         if above > 1 and target - nonzeros(above - 1) < nonzeros(above) - target:
             above -= 1
         return cls(out_features, in_features, size, above, options.block_rows)
+
+    def at_density(self, density: float) -> Self:
+        """With the blocks that `for_density` would choose, at least as many as here."""
+        options = StructureOptions(block_size=self.block_size, block_rows=self.rows)
+        wider = self.for_density(self.out_features, self.in_features, density, options)
+        return replace(self, count=max(self.count, wider.count))
 
     def check_parameters(self) -> None:
         """Raise `PadstError` for an unknown block size or row rule, or a count that the grid cannot hold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -49,6 +49,11 @@ class Diagonal(Structure):
         spec = cls(out_features, in_features, bands * band, band)
         spec.check_parameters()
         return spec
+
+    def at_density(self, density: float) -> Self:
+        """With as many whole bands, at least as many as here and at most all that fit."""
+        bands = min(round(density * self.diagonals / self.band), self.diagonals // self.band)
+        return replace(self, count=max(self.count, bands * self.band))
 
     def check_parameters(self) -> None:
         """Raise `PadstError` unless the diagonals make whole bands and the matrix has as many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -58,6 +58,10 @@ class NM(Structure):
         spec = cls(out_features, in_features, n, m)
         spec.check_parameters()
         return spec
+
+    def at_density(self, density: float) -> Self:
+        """With round(density * M) of every M, at least as many as here."""
+        return replace(self, n=max(self.n, round(density * self.m)))
 
     def check_parameters(self) -> None:
         """Raise `PadstError` unless 1 <= N <= M <= 32 and M <= inputs."""

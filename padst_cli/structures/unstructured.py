@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -38,6 +38,10 @@ class Unstructured(Structure):
     ) -> Self:
         """The spec with round(density * out * in) entries, at least one; takes no options."""
         return cls(out_features, in_features, max(1, round(density * out_features * in_features)))
+
+    def at_density(self, density: float) -> Self:
+        """With round(density * out * in) entries, at least as many as here."""
+        return replace(self, count=max(self.count, round(density * self.out_features * self.in_features)))
 
     def check_parameters(self) -> None:
         """Raise `PadstError` unless 1 <= count <= out * in."""

@@ -10,9 +10,12 @@ from typing import Any, Final
 from padst_cli.assets import EMBEDDED_MODEL
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe, dotted
-from padst_cli.study.recipe import CONTROLS, EMBEDDED, PERMUTATIONS, Changes, StudyModel, StudyRecipe
+from padst_cli.study.recipe import CONTROLS, EMBEDDED, ONE_SHOT, PERMUTATIONS, Changes, StudyModel, StudyRecipe
 
 UNSTRUCTURED: Final = "unstructured"
+HALF: Final = 0.5
+"""The sparsity of 2:4, at which one-shot methods are known."""
+TWO_OF_FOUR: Final = "2:4"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder: the place in the grid, spelled out."""
-        return f"{self.model}-{self.structure}-{self.method}-{self.sparsity:g}-seed{self.seed}"
+        structure = self.structure.replace(":", "of")
+        return f"{self.model}-{structure}-{self.method}-{self.sparsity:g}-seed{self.seed}"
 
 
 def expand(study: StudyRecipe) -> list[Cell]:
@@ -41,13 +45,29 @@ def expand(study: StudyRecipe) -> list[Cell]:
         _cell(study, model, sparsity, seed, structure, method, changes)
         for seed in study.seeds
         for model in study.models
-        for sparsity in model.sparsities or study.sparsities
-        for structure, method, changes in _methods(study)
+        for sparsity, structure, method, changes in _places(study, model)
     ]
 
 
+def _places(study: StudyRecipe, model: StudyModel) -> Iterator[tuple[float, str, str, Changes]]:
+    """(sparsity, structure, method, changes) of all that is run for one model and seed."""
+    sparsities = model.sparsities or study.sparsities
+    controls: list[tuple[str, dict[str, Any]]] = [(UNSTRUCTURED, {"structure": UNSTRUCTURED})]
+    groups: list[tuple[str, dict[str, Any]]] = [
+        (name, {"structure": name, **dotted(own)}) for name, own in study.structures.items() if name == "nm"
+    ]
+    halves = [(TWO_OF_FOUR, {"structure": "nm", "nm": TWO_OF_FOUR})]
+    for sparsity in sparsities:
+        for structure, method, changes in _methods(study):
+            yield sparsity, structure, method, changes
+        for (structure, own), method in product(controls + groups, study.one_shot):
+            yield sparsity, structure, method, own | dict(ONE_SHOT[method])
+    for (structure, own), method in product((controls if HALF not in sparsities else []) + halves, study.one_shot):
+        yield HALF, structure, method, own | dict(ONE_SHOT[method])
+
+
 def _methods(study: StudyRecipe) -> Iterator[tuple[str, str, Changes]]:
-    """(structure, method, changes) of all that is compared at one sparsity, the controls first."""
+    """(structure, method, changes) of all that is trained at one sparsity, the controls first."""
     for control in study.controls:
         yield UNSTRUCTURED, control, CONTROLS[control]
     methods = {name: PERMUTATIONS[name] for name in study.permutations} | dict(study.methods)
@@ -69,7 +89,7 @@ def _cell(
         "eval_data": model.eval_data,
         "sparsity": sparsity,
         "seed": seed,
-        "training.steps": study.steps,
+        "training.steps": 0 if method in ONE_SHOT else study.steps,
         "dense_control": carries_control,
     }
     values = {**dotted(study.recipe), **dotted(model.recipe), **changes, **place}

@@ -22,7 +22,9 @@ _NAMES = {"rigl": "unstructured, RigL", "set": "unstructured, SET", "frozen": "l
 
 def study_chart(summary: ModelSummary) -> str:
     """The chart of one model as an `<svg>` document; bands are 95 % intervals over seeds."""
-    rows = [(comparison.sparsity, row) for comparison in summary.comparisons for row in comparison.rows()]
+    found = [(comparison.sparsity, row) for comparison in summary.comparisons for row in comparison.rows()]
+    # What was never trained would stretch the axis until nothing else can be told apart.
+    rows = [(at, row) for at, row in found if not row.one_shot] or found
     structures = [name for name in dict.fromkeys(row.structure for _, row in rows) if name != UNSTRUCTURED]
     panels = [_panel(summary, rows, structure) for structure in structures or [UNSTRUCTURED]]
     panels = [_labelled(panels[0], metric_name(summary.metric)), *panels[1:]]

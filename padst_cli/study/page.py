@@ -8,7 +8,7 @@ from typing import Final
 
 from padst_cli.checkpoint.model_card import metric_name
 from padst_cli.study.figures import CellFigures
-from padst_cli.study.recipe import CONTROLS, PERMUTATIONS, StudyRecipe
+from padst_cli.study.recipe import CONTROLS, ONE_SHOT, PERMUTATIONS, StudyRecipe
 from padst_cli.study.statistics import CLEAR, Interval
 from padst_cli.study.summary import Comparison, Contrast, ModelSummary, Row
 
@@ -20,6 +20,10 @@ _NAMES: Final = {
     "assignment": "assignment",
     "learned": "learned",
     "frozen": "learned, frozen at its start",
+    "start": "one shot: padst's own start",
+    "magnitude": "one shot: magnitude",
+    "wanda": "one shot: Wanda",
+    "sparsegpt": "one shot: SparseGPT",
 }
 _NOTHING: Final = "–"
 _FAILED_UNDER: Final = {"block": 0.5, "diag": 0.3}
@@ -58,6 +62,8 @@ _READING: Final = f"""## How to read this
   errors.
 - *Frozen at its start* is the learner with its soft matrices never updated: what it does better than that, it
   has learned.
+- *One shot* rows were never trained, and stand in no difference and no chart: padst's own start (assignment, saliency,
+  refit), and magnitude, Wanda and SparseGPT, layer by layer with the inputs of the already sparse model.
 - Perplexities are averaged as logarithms."""
 
 
@@ -69,9 +75,8 @@ def _opening(study: StudyRecipe, cells: Sequence[CellFigures], failed: int, open
         f"{open_cells} still to run. {study.steps} steps a run; seeds {seeds}; every cell is one `padst sparsify`, its "
         "recipe and report lie in `cells/`.",
     ]
-    left_out = [
-        _NAMES[name] for name in (*PERMUTATIONS, *CONTROLS) if name not in (*study.permutations, *study.controls)
-    ]
+    present = (*study.permutations, *study.controls, *study.one_shot)
+    left_out = [_NAMES[name] for name in (*PERMUTATIONS, *CONTROLS, *ONE_SHOT) if name not in present]
     if left_out:
         lines.append(f"Not in this study: {', '.join(left_out)}.")
     if cells:
@@ -106,7 +111,7 @@ def _comparison(summary: ModelSummary, comparison: Comparison) -> str:
         _results_table(summary, rows),
         _contrast_table(summary, comparison, contrasts),
         _learning_table(rows, contrasts),
-        _cost_table(rows),
+        _cost_table([row for row in rows if not row.one_shot]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -196,7 +201,7 @@ def _learning_table(rows: Sequence[Row], contrasts: Sequence[Contrast]) -> str:
 
 
 def _cost_table(rows: Sequence[Row]) -> str:
-    """Step time and memory of every method, beside the assignment of its structure."""
+    """Step time and memory of every trained method, beside the assignment of its structure: the cost of learning."""
     base = {row.structure: row for row in rows if row.method == "assignment"}
     cells = []
     for row in rows:
@@ -210,7 +215,8 @@ def _cost_table(rows: Sequence[Row]) -> str:
                 _cost(row.peak_bytes, beside.peak_bytes if beside else None, 1e-6, "MB"),
             )
         )
-    return _table(("structure", "method", "a step (× assignment)", "a step while soft", "peak memory"), cells)
+    columns = ("structure", "method", "a step (× assignment)", "a step while soft", "peak memory")
+    return _table(columns, cells) if cells else ""
 
 
 def _cost(own: Interval | None, base: Interval | None, scale: float, unit: str) -> str:

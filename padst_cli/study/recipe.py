@@ -21,6 +21,7 @@ EMBEDDED: Final = "embedded"
 Structured = Literal["diag", "nm", "block"]
 PermutationMethod = Literal["none", "random", "assignment", "learned", "frozen"]
 Control = Literal["rigl", "set"]
+OneShot = Literal["start", "magnitude", "wanda", "sparsegpt"]
 Changes = Mapping[str, Any]
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -39,6 +40,15 @@ CONTROLS: Final[Mapping[str, Changes]] = {
     for method in ("rigl", "set")
 }
 """The unstructured runs that a structure is held against."""
+
+ONE_SHOT: Final[Mapping[str, Changes]] = {
+    "start": {"permutation.kind": "assignment", "support.start_density": None},
+    **{
+        method: {"permutation.kind": "none", "calibration.start": method, "support.start_density": None}
+        for method in ("magnitude", "wanda", "sparsegpt")
+    },
+}
+"""What is never trained: padst's own start, and the baselines of the literature."""
 
 
 class StudyModel(Strict):
@@ -86,7 +96,9 @@ class StudyRecipe(Document):
     Run in every (model, sparsity, seed): the unstructured `controls`, and every structure with each of the
     `permutations` and of the extra `methods`. `structures` is a list, or a mapping from structure to what it changes in
     the run recipe; `methods` maps the name of an extra method to what it changes, dotted or nested. `steps` holds for
-    all runs. The dense model is fine-tuned as long, once a model and seed, unless `dense_control` is off. `jobs` runs
+    all runs but those of the `one_shot` methods, which are never trained: they run on the unstructured control and,
+    where it is among the structures, on N:M, and besides at sparsity 0.5 on the control and on 2:4, as in their papers.
+    The dense model is fine-tuned as long, once a model and seed, unless `dense_control` is off. `jobs` runs
     go on at once. With `checkpoints` off the weights of finished runs are removed, their figures and reports kept.
     """
 
@@ -96,6 +108,7 @@ class StudyRecipe(Document):
     permutations: tuple[PermutationMethod, ...] = ("none", "random", "assignment", "learned", "frozen")
     controls: tuple[Control, ...] = ("rigl", "set")
     methods: Mapping[str, Changes] = {}
+    one_shot: tuple[OneShot, ...] = ()
     seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
     steps: int = Field(default=600, ge=0)
     dense_control: bool = True
@@ -116,7 +129,8 @@ class StudyRecipe(Document):
             "seeds": list(self.seeds),
             "permutations": list(self.permutations),
             "controls": list(self.controls),
-            "methods": [*self.methods, *PERMUTATIONS, *CONTROLS],
+            "methods": [*self.methods, *PERMUTATIONS, *CONTROLS, *ONE_SHOT],
+            "one-shot methods": list(self.one_shot),
         }
         for what, values in lists.items():
             if twice := [value for value in values if values.count(value) > 1]:

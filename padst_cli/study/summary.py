@@ -8,6 +8,7 @@ from functools import cached_property
 
 from padst_cli.study.cells import UNSTRUCTURED
 from padst_cli.study.figures import CellFigures, score_of
+from padst_cli.study.recipe import ONE_SHOT
 from padst_cli.study.statistics import Interval, gap_closed, interval, paired
 
 BySeed = dict[int, float]
@@ -18,7 +19,8 @@ class Row:
     """All seeds of one method: `kl` to the dense model (None where it is not measured) and `score`, and its cost.
 
     `start` is the score before training; seconds are those of a step, over the run and over its soft phase; bytes the
-    most resident memory; `moved` has one count a seed, empty for a method that learns no permutation.
+    most resident memory; `moved` has one count a seed, empty for a method that learns no permutation. What is
+    `one_shot` was never trained.
     """
 
     structure: str
@@ -30,6 +32,7 @@ class Row:
     soft_step_seconds: Interval | None
     peak_bytes: Interval | None
     moved: tuple[int, ...]
+    one_shot: bool
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,19 @@ class Comparison:
 
     @cached_property
     def methods(self) -> list[tuple[str, str]]:
-        """(structure, method) in the order of the grid."""
-        return list(dict.fromkeys((cell.structure, cell.method) for cell in self.cells))
+        """(structure, method) in the order of the grid, what is never trained behind the rest."""
+        found = dict.fromkeys((cell.structure, cell.method) for cell in self.cells)
+        return sorted(found, key=lambda place: place[1] in ONE_SHOT)
+
+    @cached_property
+    def trained(self) -> list[tuple[str, str]]:
+        """`methods` without those that are never trained."""
+        return [place for place in self.methods if place[1] not in ONE_SHOT]
 
     @cached_property
     def control(self) -> str | None:
         """The unstructured control with the smaller mean divergence; None where none has been run."""
-        names = [method for structure, method in self.methods if structure == UNSTRUCTURED]
+        names = [method for structure, method in self.trained if structure == UNSTRUCTURED]
         found = {name: interval(list(self._primary(UNSTRUCTURED, name).values())) for name in names}
         return min(names, key=lambda name: found[name].mean, default=None)  # type: ignore[union-attr]
 
@@ -77,8 +86,8 @@ class Comparison:
         return [self._row(structure, method) for structure, method in self.methods]
 
     def contrasts(self) -> list[Contrast]:
-        """One contrast for every method of a structure."""
-        return [self._contrast(*place) for place in self.methods if place[0] != UNSTRUCTURED]
+        """One contrast for every trained method of a structure."""
+        return [self._contrast(*place) for place in self.trained if place[0] != UNSTRUCTURED]
 
     def _row(self, structure: str, method: str) -> Row:
         cells = self._of(structure, method)
@@ -98,6 +107,7 @@ class Comparison:
             ),
             peak_bytes=interval([cell.peak_bytes for cell in cells if cell.peak_bytes is not None]),
             moved=tuple(cell.moved for cell in cells) if any(cell.learned for cell in cells) else (),
+            one_shot=method in ONE_SHOT,
         )
 
     def _contrast(self, structure: str, method: str) -> Contrast:

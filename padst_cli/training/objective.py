@@ -48,17 +48,40 @@ class Objective(ABC):
     def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one (part of a) batch and its terms."""
         inputs = {**{key: value for key, value in batch.items() if key != "labels"}, **self.flags}
-        output = student(**inputs)
+        attentive = self._attentive(student)
+        output = student(**inputs, **attentive)
         task = self.task_loss(output, batch)
         terms: dict[str, Tensor] = {}
         if task is not None:
             terms["task"] = task
         if self.teacher is not None:
             with torch.no_grad():
-                target = self.teacher(**inputs)
+                target = self.teacher(**inputs, **attentive)
             terms["distill"] = self.distill_loss(output, target)
         loss = self._mix(terms)
+        if attentive:
+            terms["attention"] = attention_distance(output, target)
+            loss = loss + self.recipe.distill_attention * terms["attention"]
         return loss, {key: value.detach() for key, value in terms.items()}
+
+    def _attentive(self, student: nn.Module) -> dict[str, bool]:
+        """What both models are called with to hand out attention maps, nothing where these do not count.
+
+        Fused kernels never hold the maps: both models are turned to plain attention. Raises `PadstError` where a model
+        cannot be.
+        """
+        if self.teacher is None or not self.recipe.distill_attention:
+            return {}
+        for model in (student, self.teacher):
+            if getattr(model.config, "_attn_implementation", "eager") != "eager":
+                try:
+                    model.set_attn_implementation("eager")  # type: ignore[operator]
+                except (AttributeError, ValueError) as error:
+                    raise PadstError(
+                        f"training.distill_attention needs eager attention, which {type(model).__name__} does not "
+                        f"take ({error}); leave it out"
+                    ) from None
+        return {"output_attentions": True}
 
     def _mix(self, terms: dict[str, Tensor]) -> Tensor:
         if len(terms) == 1:
@@ -147,14 +170,19 @@ class Encoder(Objective):
         """The loss of one batch: half from the last hidden state, half from the mean over the layers."""
         assert self.teacher is not None
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = student(**inputs, output_hidden_states=True)
+        attentive = self._attentive(student)
+        output = student(**inputs, output_hidden_states=True, **attentive)
         with torch.no_grad():
-            target = self.teacher(**inputs, output_hidden_states=True)
+            target = self.teacher(**inputs, output_hidden_states=True, **attentive)
         last = relative_error(output.last_hidden_state, target.last_hidden_state)
         # The first hidden state is the embedding, before any sparse layer.
         pairs = zip(output.hidden_states[1:], target.hidden_states[1:], strict=True)
         layers = torch.stack([relative_error(ours, theirs) for ours, theirs in pairs]).mean()
-        return 0.5 * (last + layers), {"last_hidden": last.detach(), "hidden": layers.detach()}
+        loss, terms = 0.5 * (last + layers), {"last_hidden": last.detach(), "hidden": layers.detach()}
+        if attentive:
+            attention = attention_distance(output, target)
+            loss, terms = loss + self.recipe.distill_attention * attention, {**terms, "attention": attention.detach()}
+        return loss, terms
 
     def task_loss(self, output: Any, batch: Batch) -> None:
         """None: without a head there is no task."""
@@ -171,6 +199,19 @@ def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     ours, theirs = _full(ours), _full(theirs)
     difference = (ours - theirs).square().sum(-1)
     return (difference / theirs.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def attention_distance(output: Any, target: Any) -> Tensor:
+    """Mean over layers, heads and queries of the squared distance between two rows of attention, a scalar in [0, 2].
+
+    Maps are `[batch, heads, queries, keys]`, one a layer (TinyBERT, Jiao et al., 2020, equation 7, but for the mean
+    over keys, of which a causal row has few). Raises `PadstError` where a model hands out none.
+    """
+    ours, theirs = getattr(output, "attentions", None) or (), getattr(target, "attentions", None) or ()
+    if not ours or any(map_ is None for map_ in (*ours, *theirs)):
+        raise PadstError("this model hands out no attention maps; leave training.distill_attention out")
+    pairs = zip(ours, theirs, strict=True)
+    return torch.stack([(_full(one) - _full(other)).square().sum(-1).mean() for one, other in pairs]).mean()
 
 
 def build_objective(

@@ -6,7 +6,7 @@ index lookup is a matrix product with M. Whatever the weight holds outside the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,16 @@ class SparseLinear(nn.Module):
         self.dense_gradient = True
         self.computed_by: str | None = None
         """What computed the last product with S."""
-        self._density = structure.density
+        self._counted = (-1, 0.0)
         self._block_size: int | None = structure.parameters().get("block_size")
         self._kernel: TrainingKernel | None = None
+
+    @property
+    def density(self) -> float:
+        """The share of entries in the present mask, which is wider than the structure while the density falls."""
+        if self._counted[0] != self.mask._version:
+            self._counted = (self.mask._version, float(self.mask.sum()) / self.mask.numel())
+        return self._counted[1]
 
     def effective_weight(self) -> Tensor:
         """S `[out, in]` as the forward pass uses it, exactly zero outside the mask."""
@@ -218,7 +225,7 @@ class SparseLinear(nn.Module):
     def _kernel_for(self, x: Tensor) -> TrainingKernel | None:
         """The compiled kernel where it serves and pays, made anew when the support or an index has changed."""
         tokens = x.shape[:-1].numel()
-        if self.gates is not None or not serves(x, self.weight) or not pays(self._density, tokens, self._block_size):
+        if self.gates is not None or not serves(x, self.weight) or not pays(self.density, tokens, self._block_size):
             return None
         perms = tuple(perm.index if perm is not None else None for perm in (self.perm_in, self.perm_out))
         if self._kernel is None or not self._kernel.fits(self.mask, *perms):
@@ -266,6 +273,12 @@ class SparseState:
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """All sparse layers of a model by dotted name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def mean_density(layers: Iterable[SparseLinear]) -> float:
+    """The share of entries in the masks of all layers together."""
+    sizes = [(layer.density, layer.mask.numel()) for layer in layers]
+    return sum(density * size for density, size in sizes) / sum(size for _, size in sizes)
 
 
 def sparsify_modules(

@@ -24,7 +24,7 @@ import torch
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe, dotted
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 # What may differ between the run that saved a state and the one that resumes it: it decides what is shown, not what is
 # learned.
 _COSMETIC = frozenset(

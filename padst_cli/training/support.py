@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from padst_cli.recipe import SupportRecipe
+from padst_cli.structures import Structure
 from padst_cli.training.sparse_linear import SparseLinear
 
 
@@ -49,24 +50,34 @@ def move_units(active: Tensor, drop_score: Tensor, grow_score: Tensor, fraction:
 
 
 @torch.no_grad()
-def next_mask(layer: SparseLinear, recipe: SupportRecipe, fraction: float, generator: torch.Generator) -> Tensor:
+def next_mask(
+    layer: SparseLinear,
+    recipe: SupportRecipe,
+    fraction: float,
+    generator: torch.Generator,
+    narrowed: Structure | None = None,
+) -> Tensor:
     """The mask `[out, in]` that `layer` moves to, from its weight and its dense gradient.
 
-    `generator` is a CPU generator, so that random growth is the same on every device and process.
+    Where the density falls, `narrowed` is the structure at the density of this step: its units are the best of those
+    that are active, and drop and growth follow among them. `generator` is a CPU generator, so that random growth is the
+    same on every device and process.
     """
     if layer.gates is not None:
         return layer.gates.support()
     structure = layer.structure
     gradient = layer.weight.grad
-    if gradient is None:
-        # A layer that took no part in the step (an unused branch) has nothing to decide by.
-        return layer.mask
-    active = structure.units_of(layer.mask)
     magnitude = torch.where(layer.mask, layer.weight, 0.0).abs()
     drop = structure.unit_scores(magnitude)
-    grow = structure.unit_scores(gradient.abs())
-    if recipe.method == "mest":
+    if recipe.method == "mest" and gradient is not None:
         drop = structure.unit_scores(magnitude + recipe.mest_gamma * gradient.abs())
+    active = structure.units_of(layer.mask)
+    if narrowed is not None:
+        active = narrowed.select(torch.where(active, drop, -torch.inf))
+    if gradient is None or fraction == 0.0:
+        # A layer that took no part in the step (an unused branch) has nothing to grow by.
+        return structure.expand(active)
+    grow = structure.unit_scores(gradient.abs())
     if recipe.method in ("set", "mest"):
         draw = torch.rand(grow.shape, generator=generator).to(grow)
         grow = torch.where(grow.isfinite(), draw, -torch.inf)

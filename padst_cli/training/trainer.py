@@ -24,13 +24,15 @@ from padst_cli.data.items import collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
 from padst_cli.recipe import Recipe
+from padst_cli.training.averaging import Average
+from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
 from padst_cli.training.objective import Batch, Objective
 from padst_cli.training.projected import Projection
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
-from padst_cli.training.sparse_linear import match_layout, sparse_layers
+from padst_cli.training.sparse_linear import match_layout, mean_density, sparse_layers
 from padst_cli.training.state import (
     STATE_VERSION,
     StateStore,
@@ -140,9 +142,11 @@ class _Trainer:
         self.hardener = Hardener(self.layers, self.recipe)
         self.projection = Projection(self.layers, self.recipe)
         self._build_optimizer()
+        self.average = Average(self.weights, self.recipe.training)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            self.average.load_state_dict(state["average"])
             saved = state["progress"]
             self.progress = Progress(**{**saved, "hardened": [HardenedRecord(**each) for each in saved["hardened"]]})
             restore_random_state(state["random"][self.accelerator.process_index])
@@ -219,6 +223,7 @@ class _Trainer:
         self.progress.items_seen += self.recipe.training.batch_size
         self.progress.loss = terms.pop("loss")
         self._harden()
+        self.average.see(self.progress.step)
         return terms, wants_stop
 
     def _backward(self, index: int) -> dict[str, Tensor]:
@@ -286,21 +291,23 @@ class _Trainer:
 
     def _move_support(self, index: int) -> None:
         support, steps = self.recipe.support, self.recipe.training.steps
-        if not is_due(support, index, steps) or not self.layers:
+        due, narrower = is_due(support, index, steps), narrows(support, index, steps)
+        if not (due or narrower) or not self.layers:
             return
         if self.projection.layers:
             moved = self.projection.update(index, self.optimizer)
             fraction = sum(moved.values()) / sum(layer.structure.nonzeros for layer in self.layers.values())
         else:
-            fraction = fraction_at(support, index, steps)
+            fraction = fraction_at(support, index, steps) if due else 0.0
             moved = self._drop_and_grow(index, fraction)
         self.progress.support_moved += sum(moved.values())
-        self.on_event(SupportUpdated(index + 1, fraction, moved))
+        self.on_event(SupportUpdated(index + 1, fraction, moved, mean_density(self.layers.values())))
 
     def _drop_and_grow(self, index: int, fraction: float) -> dict[str, int]:
-        moved = {}
+        support, steps, moved = self.recipe.support, self.recipe.training.steps, {}
         for number, (name, layer) in enumerate(self.layers.items()):
-            mask = next_mask(layer, self.recipe.support, fraction, seeded(self.recipe.seed, index, number))
+            narrowed = narrowed_at(support, layer.structure, index, steps)
+            mask = next_mask(layer, support, fraction, seeded(self.recipe.seed, index, number), narrowed)
             moved[name] = move_support(layer, broadcast(mask.view(torch.uint8)).view(torch.bool), self.optimizer)
         return moved
 
@@ -323,6 +330,7 @@ class _Trainer:
         self._settle()
         for layer in self.layers.values():
             layer.fold_gates()
+        self.average.take()
         self.model.eval()
 
     # -- telling and keeping -----------------------------------------------------------------------------------------
@@ -384,6 +392,7 @@ class _Trainer:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
+                    "average": self.average.state_dict(),
                     "random": randoms,
                     "progress": asdict(self.progress),
                 }

@@ -316,3 +316,29 @@ def test_the_head_reads_the_final_norm_of_the_sparse_model(name: str, make_model
     assert start.error < start.error_mask
     gram = sum(x.T @ x for x in (inputs_of(student, "lm_head", batch) for batch in batches))
     torch.testing.assert_close(spied["lm_head"].gram, gram, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm"])
+def test_a_wide_start_has_the_order_of_the_narrow_one(structure: str, make_model, make_batches) -> None:
+    changes = {"structure": structure, "sparsity": 0.75}
+    narrow, half, whole = (
+        run(make_model("gpt2"), make_batches("gpt2"), **changes, support__start_density=density)
+        for density in (None, 0.5, 1.0)
+    )
+    first = narrow.plan.layers[0].name
+    assert torch.equal(half.starts[first].perm_in, narrow.starts[first].perm_in)
+    for layer in narrow.plan.layers:
+        masks = [each.starts[layer.name].mask for each in (narrow, half, whole)]
+        counts = [int(mask.sum()) for mask in masks]
+        assert counts == [layer.structure.at_density(at).nonzeros for at in (0.25, 0.5, 1.0)]
+        assert not dense(half, layer.name)[~from_structure(masks[1], *_orders(half, layer.name))].any()
+        assert narrow.starts[layer.name].error > half.starts[layer.name].error
+    torch.testing.assert_close(dense(whole, first), dense_before("gpt2", first, make_model), rtol=0.05, atol=0.05)
+
+
+def _orders(result, name: str) -> tuple[Tensor | None, Tensor | None]:
+    return result.starts[name].perm_in, result.starts[name].perm_out
+
+
+def dense_before(family: str, name: str, make_model) -> Tensor:
+    return make_model(family).get_submodule(name).weight.detach().T

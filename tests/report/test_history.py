@@ -28,7 +28,7 @@ def test_curves_come_from_the_events_that_padst_logs() -> None:
             _step(1, penalties={"a": 0.5, "b:input": 0.6}),
             _step(2, penalties={"a": 0.4, "b:input": 0.5}),
             Hardened(3, "a", 0.2, "penalty", 7).to_json(),
-            SupportUpdated(4, 0.2, {"a": 3, "b": 4}).to_json(),
+            SupportUpdated(4, 0.2, {"a": 3, "b": 4}, 0.1).to_json(),
             Evaluated(5, "perplexity", 20.0, "during").to_json(),
             _step(4, penalties={"b:input": 0.4}),
             Evaluated(10, "perplexity", 12.0, "final").to_json(),

@@ -109,6 +109,24 @@ def test_density_is_close_to_the_request_and_never_flattered(name, shape):
 
 
 @per_structure
+@pytest.mark.parametrize("shape", [(100, 37), (64, 172)], ids=str)
+def test_wider_supports_narrow_within_themselves(name, shape):
+    score = torch.rand(*shape, generator=torch.Generator().manual_seed(3)) + 0.1
+    for spec in specs(name, shape):
+        assert spec.at_density(spec.density / 3) == spec, "never sparser than itself"
+        mask = spec.at_density(1.0).project(score)
+        covered = int(mask.sum())
+        assert covered == spec.at_density(1.0).nonzeros >= spec.nonzeros
+        for wide in (*map(spec.at_density, (0.9, 0.62, 0.6, 0.41, 0.2)), spec):
+            assert wide.unit_shape == spec.unit_shape
+            units = wide.units_of(mask)
+            narrowed = wide.select(torch.where(units, wide.unit_scores(score), -torch.inf))
+            assert wide.is_feasible(narrowed)
+            assert not bool((narrowed & ~units).any())
+            mask = wide.expand(narrowed)
+
+
+@per_structure
 @per_small_shape
 def test_nonzeros_count_the_mask(name, shape):
     for spec in specs(name, shape):

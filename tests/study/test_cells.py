@@ -86,6 +86,26 @@ def test_the_dense_model_is_tuned_once_a_model_and_seed() -> None:
     assert not any(cell.recipe.dense_control for cell in expand(grid(dense_control=False)))
 
 
+def test_what_is_never_trained() -> None:
+    methods = ["start", "magnitude", "wanda", "sparsegpt"]
+    study = grid(structures={"nm": {}, "diag": {}}, one_shot=methods, recipe={"support": {"start_density": 0.9}})
+    cells = [cell for cell in expand(study) if cell.method in methods and cell.seed == 7 and cell.model == "one"]
+    places = {(cell.structure, cell.sparsity) for cell in cells}
+    assert places == {(kind, at) for kind in ("unstructured", "nm") for at in (0.8, 0.9)} | {
+        ("unstructured", 0.5), ("2:4", 0.5),
+    }  # fmt: skip
+    assert len({cell.name for cell in expand(study)}) == len(expand(study))
+    assert len(cells) == 4 * len(places)
+    for cell in cells:
+        assert (cell.recipe.training.steps, cell.recipe.dense_control) == (0, False)
+        assert cell.recipe.calibration.start == ("saliency" if cell.method == "start" else cell.method)
+        assert cell.recipe.permutation.kind == ("assignment" if cell.method == "start" else "none")
+        assert cell.recipe.nm == ("2:4" if cell.structure == "2:4" else None)
+    own = [cell for cell in expand(study) if cell.method == "wanda" and cell.seed == 7 and cell.model == "own"]
+    assert [cell.structure for cell in own] == ["unstructured", "nm", "2:4"], "0.5 is this model's own sparsity"
+    assert own[-1].name == "own-2of4-wanda-0.5-seed7"
+
+
 def test_an_impossible_recipe_names_its_cell() -> None:
     with pytest.raises(PadstError, match=r"cell 'one-.*training\.step.*did you mean 'steps'"):
         expand(grid(recipe={"training": {"step": 3}}))

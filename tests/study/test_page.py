@@ -14,7 +14,8 @@ from padst_cli.study.page import study_page
 from padst_cli.study.summary import ModelSummary, summarise
 
 Make = Callable[..., CellFigures]
-STUDY = StudyRecipe.from_dict({"models": [{"model": "tiny"}], "structures": ["block"], "controls": ["rigl", "set"]})
+ONE_SHOT = ("start", "magnitude", "wanda", "sparsegpt")
+STUDY = StudyRecipe.from_dict({"models": [{"model": "tiny"}], "structures": ["block"], "one_shot": ONE_SHOT})
 
 
 @pytest.fixture
@@ -123,6 +124,22 @@ def test_what_the_grid_leaves_out_is_said(cells: list[CellFigures]) -> None:
     small = STUDY.model_copy(update={"permutations": ("none", "learned"), "controls": ("rigl",)})
     text = study_page(small, cells, summarise(cells), {}, 0, {"tiny": "tiny.svg"}, "padst study")
     assert "Not in this study: random permutation, assignment, learned, frozen at its start, SET." in text
+
+
+def test_what_was_never_trained_stands_apart(cells: list[CellFigures], figures: Make) -> None:
+    for seed in (0, 1, 2):
+        cells.insert(0, figures("unstructured", "wanda", seed, 0.1, 9.0, steps=0, step_seconds=None))
+        cells.insert(0, figures("2:4", "sparsegpt", seed, 0.2, 9.5, steps=0, step_seconds=None, sparsity=0.5))
+    half, whole = summarise(cells)[0].comparisons
+    assert whole.control == "set", "the best trained one, whatever one shot gives"
+    assert (half.control, half.contrasts()) == (None, [])
+    assert [row.method for row in whole.rows()][-1] == "wanda"
+    assert "wanda" not in [each.method for each in whole.contrasts()]
+    text = page(cells)
+    assert text.count("one shot: Wanda") == text.count("one shot: SparseGPT") == 1, "one table each, no cost"
+    assert row(text, "2:4", "one shot: SparseGPT", "3").startswith("| 2:4 | one shot: SparseGPT | 3 | 0.2 ± ")
+    assert "wanda" not in texts(study_chart(summarise(cells)[0]))
+    assert "wanda" in texts(study_chart(summarise([cell for cell in cells if cell.steps == 0])[0]))
 
 
 def test_nothing_done_is_still_a_page() -> None:

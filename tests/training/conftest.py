@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from padst_cli.initialise.layer import opening
 from padst_cli.initialise.start import LayerStart
 from padst_cli.permutation.apply import random_permutation, to_structure
 from padst_cli.plan import make_plan
@@ -59,7 +60,7 @@ class Bench:
         sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_attention_heads": 2}
         return models.build("gpt2", **sizes, **drops).to(dtype)
 
-    def starts(self, model, plan):
+    def starts(self, model, plan, recipe):
         found = {}
         generator = torch.Generator().manual_seed(1)
         for layer in plan.layers:
@@ -70,7 +71,7 @@ class Bench:
             for side in layer.sides:
                 perms[side] = random_permutation(sizes[side], generator)
             scored = to_structure(weight, perms["input"], perms["output"])
-            mask = layer.structure.project(scored.square())
+            mask = opening(layer, recipe).project(scored.square())
             found[layer.name] = LayerStart(
                 name=layer.name, structure=layer.structure, weight=torch.where(mask, scored, 0.0).float(), mask=mask,
                 bias=model.get_submodule(layer.name).bias.detach(), perm_in=perms["input"],
@@ -83,7 +84,7 @@ class Bench:
         student = self.teacher(dropout, dtype)
         student.load_state_dict(copy.deepcopy(teacher.state_dict()))
         plan = make_plan(teacher, recipe)
-        sparsify_modules(student, self.starts(teacher, plan), plan, recipe, teacher)
+        sparsify_modules(student, self.starts(teacher, plan, recipe), plan, recipe, teacher)
         return teacher, student
 
     def train(self, recipe, *, dropout=0.0, dtype=torch.float32, student=None, **options):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from padst_cli.errors import PadstError
 from padst_cli.recipe import TrainingRecipe
-from padst_cli.training.objective import IGNORED, MaskedLM, build_objective, relative_error
+from padst_cli.training.objective import IGNORED, MaskedLM, attention_distance, build_objective, relative_error
 from tests import models
 
 
@@ -120,3 +120,40 @@ def test_what_cannot_be_learned_is_refused(bench):
         build_objective("encoder", TrainingRecipe(distill=False), bench.teacher())
     with pytest.raises(PadstError, match="mask token"):
         build_objective("masked-lm", TrainingRecipe(), None)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "encoder"])
+def test_attention_maps_are_compared_where_they_count(bench, ids, task):
+    teacher, student = (bench.teacher(), bench.teacher()) if task == "causal-lm" else (bert(0, "bert"), bert(1, "bert"))
+    with torch.no_grad():
+        models.blur(student, 0.1, "weight")
+    plain, without = build_objective(task, TrainingRecipe(), teacher)(student, {"input_ids": ids})
+    recipe = TrainingRecipe(distill_attention=3.0)
+    loss, terms = build_objective(task, recipe, teacher)(student, {"input_ids": ids})
+    maps = [model(ids, output_attentions=True).attentions for model in (student, teacher)]
+    expected = sum(((one - other) ** 2).sum(-1).mean() for one, other in zip(*maps, strict=True)) / len(maps[0])
+    assert expected > 1e-4
+    torch.testing.assert_close(terms["attention"], expected)
+    torch.testing.assert_close(loss, plain + 3.0 * expected)
+    assert "attention" not in without
+    loss.backward()
+    assert set(build_objective(task, recipe, teacher)(teacher, {"input_ids": ids})[1]) == set(terms)
+
+
+def test_attention_maps_that_are_not_there_are_missed():
+    with pytest.raises(PadstError, match=r"leave training\.distill_attention out"):
+        attention_distance(object(), object())
+    with pytest.raises(ValueError, match="it needs distill"):
+        TrainingRecipe(distill=False, distill_attention=1.0)
+
+
+def test_a_model_without_plain_attention_is_named(bench, ids, monkeypatch):
+    def refuse(_, name):
+        raise ValueError(f"no {name} here")
+
+    student = bench.teacher()
+    student.set_attn_implementation("sdpa")
+    monkeypatch.setattr(type(student), "set_attn_implementation", refuse)
+    objective = build_objective("causal-lm", TrainingRecipe(distill_attention=1.0), bench.teacher())
+    with pytest.raises(PadstError, match=r"GPT2LMHeadModel does not take \(no eager here\)"):
+        objective(student, {"input_ids": ids})

@@ -220,7 +220,7 @@ def test_a_side_without_an_order_begins_at_the_identity(bench):
     recipe = bench.recipe(**{"permutation.learner": "projected"})
     plain = bench.recipe(**{"permutation.kind": "none"})
     teacher, student = bench.teacher(), bench.teacher()
-    starts = bench.starts(teacher, make_plan(teacher, plain))
+    starts = bench.starts(teacher, make_plan(teacher, plain), plain)
     sparsify_modules(student, starts, make_plan(teacher, recipe), recipe, teacher)
     for layer in sparse_layers(student).values():
         assert [len(perm.start) for _, perm in layer.permutations()] == [min(layer.weight.shape)]
@@ -251,4 +251,4 @@ def test_latent_values_need_the_dense_model(bench):
     teacher = bench.teacher()
     plan = make_plan(teacher, recipe)
     with pytest.raises(ValueError, match="dense model"):
-        sparsify_modules(bench.teacher(), bench.starts(teacher, plan), plan, recipe)
+        sparsify_modules(bench.teacher(), bench.starts(teacher, plan, recipe), plan, recipe)

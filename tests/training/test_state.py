@@ -37,6 +37,8 @@ PROJECTED = {"permutation.learner": "projected"}
         {"structure": "nm", "support.method": "set"},
         PROJECTED,
         {"structure": "block", "permutation.side": "both", **PROJECTED},
+        {"training.average": 0.25, "support.method": "dynadiag"},
+        {"structure": "nm", "support.start_density": 1.0, "support.density_until": 0.8},
         {"permutation.learner": "straight-through", "permutation.group": 12, "permutation.resolve_every": 3},
     ],
 )
@@ -85,7 +87,7 @@ def test_the_state_is_readable_without_running_code(bench, tmp_path):
 
 def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
     store = StateStore(tmp_path)
-    store.save({"version": 1, "step": 1})
+    store.save({"version": 2, "step": 1})
 
     class Killed(BaseException):
         pass
@@ -97,10 +99,10 @@ def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"padst_cli.training.state.os.{name}", die)
             with pytest.raises(Killed):
-                store.save({"version": 1, "step": 2})
+                store.save({"version": 2, "step": 2})
         assert store.step() == 1
     assert store.path.with_suffix(".pt.partial").exists()
-    store.save({"version": 1, "step": 3})
+    store.save({"version": 2, "step": 3})
     assert store.step() == 3
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     store.clear()
@@ -109,14 +111,14 @@ def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_said_and_the_last_state_stays(tmp_path, monkeypatch):
     store = StateStore(tmp_path)
-    store.save({"version": 1, "step": 1})
+    store.save({"version": 2, "step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("padst_cli.training.state.os.fsync", full)
     with pytest.raises(PadstError, match="free some space"):
-        store.save({"version": 1, "step": 2})
+        store.save({"version": 2, "step": 2})
     assert store.step() == 1
 
 
