@@ -213,11 +213,15 @@ class CalibrationRecipe(Strict):
     `start` "saliency" is padst's own: permutation and support by saliency, then the refit. The others are the one-shot
     baselines that it is held against, each by its own rule, in the layer's own order and without a refit: "magnitude"
     serves every structure, "wanda" and "sparsegpt" choose within rows and serve N:M and unstructured.
+
+    The saliency of row i counts E[g_i^2] to the power `sensitivity`, g_i the gradient of the model's prediction by
+    output i; 0 lets all rows count alike.
     """
 
     samples: int = Field(default=64, ge=1)
     batch_size: int = Field(default=8, ge=1)
     refit: bool = True
+    sensitivity: float = Field(default=0.5, ge=0.0, le=1.0)
     damping: float = Field(default=0.01, gt=0.0)
     start: StartMethod = "saliency"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message, OnEvent
 from padst_cli.initialise.blocks import Group, Unit, find_units
 from padst_cli.initialise.layer import DenseLayer, start_layers
+from padst_cli.initialise.sensitivity import output_sensitivity
 from padst_cli.initialise.start import LayerStart
 from padst_cli.initialise.statistics import InputStatistics
 from padst_cli.initialise.streams import Stream
@@ -67,6 +69,7 @@ class _Calibration:
         on_event: OnEvent,
     ) -> None:
         self._models = (teacher, student)
+        self._output_weights = _output_weights(teacher, plan, inputs, recipe, on_event)
         self._layers = {layer.name: layer for layer in plan.layers}
         self._inputs = inputs
         self._recipe = recipe
@@ -107,7 +110,10 @@ class _Calibration:
         return bundles.values()
 
     def _start(self, layers: Sequence[LayerPlan], statistics: InputStatistics) -> None:
-        dense = [dense_layer(self._models[1], layer) for layer in layers]
+        dense = [
+            replace(dense_layer(self._models[1], layer), output_weights=self._output_weights.get(layer.name))
+            for layer in layers
+        ]
         for layer, (start, escalated) in zip(
             layers, start_layers(layers, dense, statistics, self._recipe), strict=True
         ):
@@ -131,6 +137,19 @@ class _Calibration:
     @property
     def _damping(self) -> float:
         return self._recipe.calibration.damping
+
+
+def _output_weights(
+    teacher: nn.Module, plan: Plan, inputs: Sequence[Inputs], recipe: Recipe, on_event: OnEvent
+) -> dict[str, Tensor]:
+    """By layer, `[out]`: the outputs' sensitivities to the recipe's power; empty where all outputs count alike."""
+    power = recipe.calibration.sensitivity
+    if power == 0.0 or recipe.calibration.start != "saliency":
+        return {}
+    on_event(Message("measuring how much each output of a layer matters to the dense model's prediction"))
+    names = [layer.name for layer in plan.layers]
+    found = output_sensitivity(teacher, names, inputs, recipe.seed)
+    return {name: each.pow(power) for name, each in found.items()}
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:

@@ -62,18 +62,23 @@ def choose_orders(scores: Sequence[Tensor], layers: Sequence[LayerPlan], recipe:
     return [choose_order(score, layer, recipe, perm_in) for score, layer in zip(scores, layers, strict=True)]
 
 
-def _saliency(weight: Tensor, aim: Tensor, statistics: InputStatistics, recipe: Recipe) -> Tensor:
-    if recipe.calibration.refit:
-        return refit_saliency(weight, aim, statistics, recipe.calibration.damping)
-    return plain_saliency(weight, statistics)
-
-
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer as it was: its weight `[out, in]` in coordinates of W, and its bias `[out]` or None."""
+    """A layer as it was: its weight `[out, in]` in coordinates of W, its bias `[out]` or None, and how much each of its
+    outputs counts in the choice of the support, `[out]`, None where all count alike."""
 
     weight: Tensor
     bias: Tensor | None
+    output_weights: Tensor | None = None
+
+
+def _saliency(dense: DenseLayer, aim: Tensor, statistics: InputStatistics, recipe: Recipe) -> Tensor:
+    weight = dense.weight.detach().float()
+    if recipe.calibration.refit:
+        score = refit_saliency(weight, aim, statistics, recipe.calibration.damping)
+    else:
+        score = plain_saliency(weight, statistics)
+    return score if dense.output_weights is None else score * dense.output_weights[:, None]
 
 
 def start_layers(
@@ -93,7 +98,7 @@ def start_layers(
                 _one_shot(layer, weight, one.bias, aim, statistics, recipe)
                 for layer, weight, one, aim in zip(layers, weights, dense, aims, strict=True)
             ]
-        scores = [_saliency(weight, aim, statistics, recipe) for weight, aim in zip(weights, aims, strict=True)]
+        scores = [_saliency(one, aim, statistics, recipe) for one, aim in zip(dense, aims, strict=True)]
         orders = choose_orders(scores, layers, recipe)
         orders = [_opened(*each, recipe) for each in zip(orders, scores, layers, strict=True)]
         del scores
