@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from padst_cli.errors import PadstError
+from padst_cli.events import ignore
 from padst_cli.initialise import initialise
 from padst_cli.initialise.sensitivity import output_sensitivity
 from padst_cli.plan import make_plan
@@ -121,7 +122,7 @@ def test_a_row_that_matters_gets_the_support() -> None:
         own = recipe.updated({"calibration.sensitivity": power})
         plan = make_plan(model, own)
         batches = [{"features": torch.randn(4, 20, 5)}]
-        start = initialise(model, copy.deepcopy(model), plan, batches, own, lambda event: None)["one"]
+        start = initialise(model, copy.deepcopy(model), plan, batches, own, ignore)["one"]
         kept[power] = start.mask.sum(dim=1)
     assert int(kept[1.0][3]) == 5
     assert int(kept[0.0][3]) < 5
