@@ -70,6 +70,12 @@ FLAGS = (
         "Only these layers: module name parts, re:EXPR, or `default` for those taken without it; may be repeated.",
     ),
     Flag("--ignore", "ignore", list[str], "Not these layers (module name parts or re:EXPR); may be repeated."),
+    Flag(
+        "--sensitivity",
+        "calibration.sensitivity",
+        float,
+        "Power of the outputs' sensitivity in the choice of the support; 0: all outputs count alike.",
+    ),
     Flag("--refit/--no-refit", "calibration.refit", bool, "Refit surviving weights in closed form at the start."),
     Flag("--start", "calibration.start", str, "saliency (padst's own), or one shot by magnitude, wanda or sparsegpt."),
     Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),
