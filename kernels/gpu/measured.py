@@ -1,9 +1,7 @@
 """What was measured on a GPU, kept for the processes to come: cuts of kernels, and seconds of the paths of a layer.
 
-Figures belong to a token count of `GRID` and hold down to the next smaller one that was measured: between two powers of
-two the larger one says what to do, which favours the dense product, for it alone takes the same time at half of few
-tokens. The last one of the grid holds for all that are more. There is one file for every device, version of torch and
-triton, and build of these kernels (../cache.py); without it, and for what it does not know, defaults and rules hold.
+There is one file for every device, version of torch and triton, and build of these kernels (../cache.py); without it,
+and for what it does not know, defaults and rules hold.
 """
 
 from __future__ import annotations
@@ -13,9 +11,8 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,42 +20,9 @@ from .. import cache
 
 KIND = "gpu"
 
-GRID = tuple(2**power for power in range(15))
-"""Token counts that are measured: 1 to 16,384."""
-
 Value = TypeVar("Value")
 Cut = Mapping[str, int]
 """A kernel's Config by the names of its fields."""
-
-
-def bucket(tokens: int) -> int:
-    """The token count of the grid whose figures hold for `tokens`."""
-    return min(GRID[-1], 1 << max(0, tokens - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Steps(Generic[Value]):
-    """A value for every range of token counts: `values[i]` up to `limits[i]`; None beyond the last one, unless the grid
-    ends there. Counts are compared with the limits alone, so that a traced graph depends on them alone.
-    """
-
-    limits: tuple[int, ...]
-    values: tuple[Value, ...]
-
-    @classmethod
-    def of(cls, figures: Mapping[int, Value]) -> Steps[Value]:
-        """Ranges whose values are equal become one."""
-        rising = sorted(figures)
-        changes = [one for one, after in pairwise(rising) if figures[one] != figures[after]]
-        kept = (*changes, *rising[-1:])
-        return cls(kept, tuple(figures[limit] for limit in kept))
-
-    def at(self, tokens: int) -> Value | None:
-        """What holds for so many tokens."""
-        for limit, value in zip(self.limits, self.values, strict=True):
-            if limit == GRID[-1] or tokens <= limit:
-                return value
-        return None
 
 
 @dataclass

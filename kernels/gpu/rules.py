@@ -1,8 +1,8 @@
 """When a layer runs on padst's own Triton kernels, and their names: what is known without triton being there.
 
-Triton asks for compute capability 8.0 or later on NVIDIA. No costs are measured on a GPU yet, so the rules are simple
-and rest on arithmetic: blocks run on tensor cores and take any number of tokens; diagonals and N:M run on CUDA cores,
-which win while reading the weight is what costs.
+Triton asks for compute capability 8.0 or later on NVIDIA. The rules hold where nothing was measured (paths.py); they
+are simple and rest on arithmetic: blocks run on tensor cores and take any number of tokens; diagonals and N:M run on
+CUDA cores, which win while reading the weight is what costs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def serves(structure: str, device: torch.device, tokens: int, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
     """Whether a Triton kernel computes `tokens` rows of `dtype` on this device, from values of `value_dtype`."""
-    if not HAS_TRITON or device.type != "cuda" or structure not in STRUCTURES:
+    if device.type != "cuda" or not computes(structure, dtype, value_dtype):
         return False
-    return dtype in DTYPES and value_dtype in DTYPES and (structure == "block" or tokens <= SCALAR_TOKENS)
+    return structure == "block" or tokens <= SCALAR_TOKENS
+
+
+def computes(structure: str, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
+    """Whether there is a Triton kernel for the structure and these dtypes, for whatever number of tokens."""
+    return HAS_TRITON and structure in STRUCTURES and dtype in DTYPES and value_dtype in DTYPES
 
 
 def kernel_name(structure: str) -> str:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..steps import Steps, bucket
 from . import measured
-from .measured import Cut, Measured, Steps, bucket
+from .measured import Cut, Measured
 from .timing import Timer
 
 AnyConfig = TypeVar("AnyConfig")
@@ -44,12 +45,6 @@ def features(kernel: str, *numbers: int, tensors: tuple[torch.Tensor | None, ...
     """What the speed of a launch depends on, besides its tokens: numbers, and the dtypes of tensors that are there."""
     kinds = ("-" if tensor is None else str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return " ".join((kernel, *map(str, numbers), *kinds))
-
-
-def octave(entries: int) -> int:
-    """Counts of stored values that are alike: eighths of an octave, nine percent."""
-    fraction = entries.bit_length() - 1
-    return 8 * fraction + (8 * entries >> fraction) - 8 if entries else -1
 
 
 def chosen(kernel: str, tokens: int, space: tuple[AnyConfig, ...], device: torch.device) -> AnyConfig:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from padst_kernels import cache
 from padst_kernels.gpu import measured, tuning
-from padst_kernels.gpu.measured import GRID, Measured, Steps, bucket
+from padst_kernels.gpu.measured import Measured
+from padst_kernels.steps import GRID, Steps, bucket, octave
 
 from tests.kernels.gpu_fakes import CUDA, Clock, gpu  # noqa: F401
 
@@ -184,6 +185,6 @@ def test_the_grid():
 def test_what_the_speed_of_a_launch_depends_on():
     values, x = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3)
     assert tuning.features("k", 2, 3, tensors=(x, values, None)) == "k 2 3 float32 bfloat16 -"
-    assert tuning.octave(1000) == tuning.octave(1020) != tuning.octave(1200)
-    assert [tuning.octave(2**power) for power in range(5)] == [0, 8, 16, 24, 32]
-    assert tuning.octave(0) == -1
+    assert octave(1000) == octave(1020) != octave(1200)
+    assert [octave(2**power) for power in range(5)] == [0, 8, 16, 24, 32]
+    assert octave(0) == -1
