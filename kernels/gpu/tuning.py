@@ -1,6 +1,6 @@
 """Which cut of a kernel is the fastest for a layer and a number of tokens on this device: measured when asked for.
 
-Every kernel has a space of Configs, the default first, and asks `chosen` for one at each launch. `tune` runs a piece
+Every kernel has a space of Configs, the default first, and asks `cut` for one at each launch. `tune` runs a piece
 of work with every Config of every kernel that the work launches, times it, and keeps the fastest. Compiling a kernel
 takes about a second a Config, so nothing is tuned unasked, and never while a graph is captured or traced: a launch
 takes what is known of its device, or the default.
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..steps import Steps, bucket
+from ..steps import Steps, bucket, octave
 from . import measured
 from .measured import Cut, Measured
 from .timing import Timer
@@ -41,10 +41,22 @@ _trial: _Trial | None = None
 _resolved: dict[tuple[int, str], tuple[dict[int, Cut], Steps[Cut]]] = {}
 
 
-def features(kernel: str, *numbers: int, tensors: tuple[torch.Tensor | None, ...] = ()) -> str:
-    """What the speed of a launch depends on, besides its tokens: numbers, and the dtypes of tensors that are there."""
-    kinds = ("-" if tensor is None else str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    return " ".join((kernel, *map(str, numbers), *kinds))
+def cut(
+    kernel: str,
+    space: tuple[AnyConfig, ...],
+    tokens: int,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    out_features: int,
+) -> AnyConfig:
+    """How to cut a launch of `kernel` on x `[..., in]` and stored `values`, out of `space`; what a launch asks."""
+    return chosen(features(kernel, x, values, out_features), tokens, space, x.device)
+
+
+def features(kernel: str, x: torch.Tensor, values: torch.Tensor, out_features: int) -> str:
+    """What the speed of a launch depends on, besides its tokens: shape, about how many values, dtypes."""
+    kinds = "/".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, values))
+    return f"{kernel} {out_features}x{x.shape[-1]} {octave(values.numel())} {kinds}"
 
 
 def chosen(kernel: str, tokens: int, space: tuple[AnyConfig, ...], device: torch.device) -> AnyConfig:

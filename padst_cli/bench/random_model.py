@@ -19,7 +19,7 @@ from padst_cli.plan import LayerPlan, make_plan
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
-from padst_cli.structures import Structure, StructureOptions
+from padst_cli.structures import Structure, StructureOptions, structure_class
 from padst_cli.tying import untie
 
 _EXACT = 1e-9
@@ -99,6 +99,22 @@ def with_density(structure: Structure, density: float) -> Structure:
         band=parameters.get("band", StructureOptions.band),
     )
     return structure.for_density(structure.out_features, structure.in_features, density, options)
+
+
+def random_linear(
+    structure: str,
+    out_features: int,
+    in_features: int,
+    density: float,
+    options: StructureOptions,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> PackedLinear:
+    """One packed layer of at least that density on random support, its inputs permuted, without a bias."""
+    made = structure_class(structure).for_density(out_features, in_features, density, options)
+    found = made if options.nm else _at_least(made, density)
+    perms = (_moving_permutation(in_features, generator), None)
+    return random_packed(found, None, perms, dtype, dtype, False, generator)
 
 
 def _at_least(structure: Structure, density: float) -> Structure:

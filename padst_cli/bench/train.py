@@ -136,12 +136,19 @@ class _Transposed(nn.Module):
         return result
 
 
+@torch.enable_grad()
 def step_rate(
-    sparse: Any, dense: Any, tokens: int, stopwatch: Stopwatch, generator: torch.Generator, batch: int | None = None
+    sparse: Any,
+    dense: Any,
+    tokens: int,
+    stopwatch: Stopwatch,
+    generator: torch.Generator,
+    batch: int | None = None,
+    used: set[str] | None = None,
 ) -> Rate:
     """Loss, backward pass and AdamW step, without a teacher, over `tokens` tokens in sequences of at most 512, or over
     `batch` sequences of `tokens`; no sequence is longer than the model's positions. On a GPU as fine-tuning there: the
-    weights in float32, products in bfloat16 unless the model is float32.
+    weights in float32, products in the model's dtype. What computed the sparse layers is added to `used`.
     """
     student = copy.deepcopy(dense)
     for name, layer in packed_layers(sparse).items():
@@ -155,7 +162,10 @@ def step_rate(
     watch = copy.copy(stopwatch)
     watch.timing = replace(stopwatch.timing, repeats=_STEP_REPEATS)
     steps = [_optimizer_step(model, {"input_ids": ids, "labels": ids}) for model in (copy.deepcopy(dense), student)]
-    return Rate.of("tokens", ids.numel(), ids.numel(), watch.uncaptured(steps[0], steps[1]))
+    rate = Rate.of("tokens", ids.numel(), ids.numel(), watch.uncaptured(steps[0], steps[1]))
+    if used is not None:
+        used.update(str(module.computed_by) for module in student.modules() if isinstance(module, SparseLinear))
+    return rate
 
 
 def _optimizer_step(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], None]:

@@ -183,8 +183,20 @@ def test_the_grid():
 
 
 def test_what_the_speed_of_a_launch_depends_on():
-    values, x = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3)
-    assert tuning.features("k", 2, 3, tensors=(x, values, None)) == "k 2 3 float32 bfloat16 -"
+    x, values = torch.zeros(5, 64), torch.zeros(1000, dtype=torch.bfloat16)
+    assert tuning.features("k", x, values, 96) == f"k 96x64 {octave(1000)} float32/bfloat16"
+    assert tuning.features("k", x[:1], values[:990], 96) == tuning.features("k", x, values, 96)
     assert octave(1000) == octave(1020) != octave(1200)
     assert [octave(2**power) for power in range(5)] == [0, 8, 16, 24, 32]
     assert octave(0) == -1
+
+
+def test_a_launch_asks_with_its_tensors():
+    class OnGpu(torch.Tensor):
+        device = CUDA
+
+    x, values = torch.zeros(5, 64).as_subclass(OnGpu), torch.zeros(1000)
+    figures = {tuning.features("k", x, values, 96): {8: asdict(SPACE[2])}}
+    measured.keep(CUDA, Measured(figures))
+    assert tuning.cut("k", SPACE, 5, x, values, 96) == SPACE[2]
+    assert tuning.cut("k", SPACE, 5, x, values, 128) == SPACE[0]
