@@ -95,7 +95,7 @@ class _Process:
 
     def __init__(self, command, lines, code):
         self.results, self.code, self.pid = Path(command[command.index("--results") + 1]), code, 0
-        self.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"row": "c", "spee')
 
     def wait(self, timeout=None):
         if self.code is None:
@@ -124,13 +124,13 @@ def test_what_a_process_measured_before_its_end_counts(monkeypatch, code, expect
     assert len(ended) == 1
 
 
-def test_groups_share_the_budget(monkeypatch):
-    now, seen = iter((0.0, 0.0, 60.0, 100.0)), []
+def test_what_a_group_does_not_use_those_after_it_may(monkeypatch):
+    now, seen = iter((0.0, 0.0, 4.0, 93.0)), []
     monkeypatch.setattr(gpu_table.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(gpu_table, "_run_group", lambda group, _, allowed: seen.append((group.name, allowed)) or {})
-    table = [Group(name, 50, ()) for name in "abc"]
-    gpu_table.collect(table, given(budget=93.0))
-    assert seen == [("a", 10.0), ("b", 10.0)]
+    table = [Group(name, gpu_table.BUDGET / 3, ()) for name in "abc"]
+    gpu_table.collect(table, given(budget=90.0))
+    assert seen == [("a", pytest.approx(30.0)), ("b", pytest.approx(56.0))]
 
 
 def test_a_process_that_does_not_end_is_ended_with_what_it_started():

@@ -61,9 +61,11 @@ def device_key(device: torch.device) -> dict[str, str]:
 
 def of(device: torch.device) -> Measured:
     """What is known of a device; nothing where it is not a GPU at hand."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return Measured()
-    return _known(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is None:
+        return _known(torch.cuda.current_device()) if torch.cuda.is_available() else Measured()
+    return _known(device.index)
 
 
 def keep(device: torch.device, newer: Measured) -> None:
@@ -76,6 +78,8 @@ def keep(device: torch.device, newer: Measured) -> None:
 
 @functools.cache
 def _known(index: int) -> Measured:
+    if not torch.cuda.is_available():
+        return Measured()
     return cache.read(KIND, device_key(torch.device("cuda", index)), Measured.from_json) or Measured()
 
 

@@ -99,7 +99,8 @@ def tune(work: Callable[[], object], timer: Timer, device: torch.device) -> floa
     found = Measured()
     for (kernel, tokens), cut in best.items():
         found.cuts.setdefault(kernel, {})[tokens] = _cut(cut)
-    measured.keep(device, found)
+    if best:
+        measured.keep(device, found)
     return seconds
 
 

@@ -32,6 +32,9 @@ from padst_cli.structures import StructureOptions
 
 SPARSITY = 0.9
 
+_TUNING = 60.0
+"""Seconds that a row may take for tuning, at most a third of what its group has left."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
@@ -249,7 +252,8 @@ def _models(family: str, setting: Setting, **recipe: Any) -> tuple[Any, Any, str
 
 def _tune(layers: Any, tokens: int, setting: Setting) -> None:
     if setting.device.type == "cuda":
-        deadline = min(setting.deadline, time.monotonic() + 60)
+        now = time.monotonic()
+        deadline = now + min(_TUNING, (setting.deadline - now) / 3)
         calibrate_gpu([layer.layout() for layer in layers], setting.dtype, tokens=(tokens,), deadline=deadline)
 
 

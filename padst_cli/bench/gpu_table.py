@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,16 +66,19 @@ def measure(group: Group, setting: Setting, results: Path) -> None:
         try:
             line: dict[str, Any] = asdict(row.measure(setting))
         except Exception as error:  # whatever it is, it belongs in the row's place
+            traceback.print_exc()
             line = {"error": f"{type(error).__name__}: {_first_line(error)}"}
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"row": row.name, **line}) + "\n")
 
 
 def collect(table: Sequence[Group], given: argparse.Namespace) -> Found:
-    """Run every group in a process of its own, within its budget and what is left of the whole one."""
-    end, found = time.monotonic() + given.budget, {}
-    for group in table:
-        allowed = min(group.budget * given.budget / BUDGET, end - time.monotonic())
+    """Run every group in a process of its own; what one does not use of its budget those after it may."""
+    end, scale = time.monotonic() + given.budget, given.budget / BUDGET
+    found: dict[str, dict[str, Any]] = {}
+    for number, group in enumerate(table):
+        reserved = scale * sum(later.budget for later in table[number + 1 :])
+        allowed = end - reserved - time.monotonic()
         print(f"{group.name}: at most {max(0, round(allowed))} s", file=sys.stderr)
         if allowed > 0:
             found.update(_run_group(group, given, allowed))
@@ -95,12 +99,17 @@ def _run_group(group: Group, given: argparse.Namespace, allowed: float) -> dict[
             code = 0
         finally:
             _end(process)
-        found = {line.pop("row"): line for line in map(json.loads, results.read_text(encoding="utf-8").splitlines())}
+        found = _rows_of(results.read_text(encoding="utf-8"))
     if code:  # it died, as of a signal: the row it was at is the one to blame
         missing = next((row.name for row in group.rows if row.name not in found), None)
         if missing:
             found[missing] = {"error": f"its process ended with code {code}"}
     return found
+
+
+def _rows_of(text: str) -> dict[str, dict[str, Any]]:
+    whole = text[: text.rfind("\n") + 1]  # a process that is ended may be writing a line
+    return {line.pop("row"): line for line in map(json.loads, whole.splitlines())}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
