@@ -156,6 +156,7 @@ _MANY_GOALS = {"block 64": 5.0, "banded diag": 2.0, "block 32": None, "diag": No
 
 def _layer_rows(sizes: Sizes) -> tuple[Row, ...]:
     inputs, outputs = sizes.layer
+    cells: list[tuple[str, int, float | None]]
     cells = [(variant, tokens, goal) for tokens in sizes.few for variant, goal in _FEW_GOALS.items()]
     cells += [(variant, sizes.many, goal) for variant, goal in _MANY_GOALS.items()]
     return tuple(
