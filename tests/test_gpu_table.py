@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_the_exit_code_says_whether_every_row_was_measured(monkeypatch, tmp_path
     monkeypatch.setattr(gpu_table, "collect", lambda *_: found)
     assert gpu_table.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "page.md")]) == code
     assert capsys.readouterr().out.strip() == (tmp_path / "page.md").read_text().strip()
+
+
+def test_ended_by_a_signal_it_ends_what_it_started(monkeypatch):
+    code = "import os, signal, time; time.sleep(0.5); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    popen, started, before = subprocess.Popen, [], signal.getsignal(signal.SIGTERM)
+
+    def start(_, **options):
+        started.append(popen([sys.executable, "-c", code], **{**options, "stdout": None}))
+        return started[-1]
+
+    monkeypatch.setattr(gpu_table.subprocess, "Popen", start)
+    with pytest.raises(SystemExit, match="143"):
+        gpu_table.main(["--device", "cpu", "--tiny"])
+    assert [process.returncode for process in started] == [-9]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

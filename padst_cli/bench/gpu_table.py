@@ -52,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("torch finds no GPU here; --device cpu --tiny shows that everything runs", file=sys.stderr)
         return 2
     table = groups(sizes)
-    found = collect(table, given)
+    # By default a signal would end this process alone, and leave a group's behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        found = collect(table, given)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     text = page(table, found, given.device, given.dtype)
     print(text)
     if given.output:
