@@ -25,10 +25,10 @@ SHAPES = {
 }
 
 if INTERPRETED:
-    from padst_kernels.gpu import block, common, diag, layer, nm, rules
+    from padst_kernels.gpu import layer, operator, permute, rules
     from triton.runtime import interpreter
 
-    from tests.kernels.gpu_cases import FAMILIES, TOKENS, check_forward, check_gradients, close, on
+    from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
 
     CASES = [
         pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
@@ -41,13 +41,20 @@ if INTERPRETED:
         for family, (structure, _) in FAMILIES.items()
     ]
 
+    def poisoned(make):
+        """What `make` returns, NaN all over where it can be: an entry that no kernel writes is seen."""
+
+        def made(*args, **options):
+            tensor = make(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch):
-        def poisoned(x, out_features):
-            return common.empty_output(x, out_features).fill_(float("nan"))
-
-        for module in (block, diag, nm):
-            monkeypatch.setattr(module, "empty_output", poisoned)
+        monkeypatch.setattr(operator, "empty_output", poisoned(operator.empty_output))
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
     @pytest.fixture(autouse=True)
     def _products_of_bfloat16(monkeypatch):
@@ -66,8 +73,45 @@ if INTERPRETED:
         check_forward(make_case, family, shape, CPU, tokens, turn)
 
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
-    def test_gradients_equal_the_dense_ones(make_case, family, shape):
+    def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family, shape):
         check_gradients(make_case, family, shape, CPU)
+        monkeypatch.setattr(operator, "WORTH", 0)
+        check_gradients(make_case, family, shape[::-1], CPU, (19,))
+
+    @pytest.mark.parametrize("family", ["diag", "band 16", "band 32"])
+    @pytest.mark.parametrize("shape", [(48, 48), (49, 47), (47, 49), (64, 80), (90, 33), (33, 90)], ids=str)
+    def test_gradients_of_diagonals_that_wrap_around(make_case, family, shape):
+        check_gradients(make_case, family, shape, CPU, (17,), sides="")
+
+    def test_gradients_of_parts_are_added_up(make_case, monkeypatch):
+        for family, shape in (("block 16", (48, 33)), ("band 16", (33, 48)), ("2:4", (48, 33))):
+            check_gradients(make_case, family, shape, CPU, (515,))
+
+    @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+    @pytest.mark.parametrize("tokens", [1, 3, 17])
+    @pytest.mark.parametrize("family", ["diag", "band 16", "3:15", "block 16"])
+    def test_an_activation_in_the_epilogue(make_case, family, tokens, activation):
+        check_gradients(make_case, family, (40, 50), CPU, (tokens,), activation)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_permutations_in_passes_of_their_own(make_case, monkeypatch, dtype):
+        for family, shape in ONE_EACH:
+            structure, options = FAMILIES[family]
+            case = make_case(structure, *shape, 0.3, "io", dtype, **options)
+            x, bias = torch.randn(19, shape[1]).to(dtype), torch.randn(shape[0])
+            within = layer.TritonKernel(case.layout)(x, bias)
+            with monkeypatch.context() as patch:
+                patch.setattr(operator, "WORTH", 0)
+                assert torch.equal(layer.TritonKernel(case.layout)(x, bias), within)
+
+    def test_permuting_any_number_of_rows(monkeypatch):
+        monkeypatch.setattr(permute, "FEW_ROWS", 4)
+        for shape in ((1, 7), (3, 5, 33), (6, 64)):
+            x, index = torch.randn(shape), torch.randperm(shape[-1]).to(torch.int32)
+            assert torch.equal(permute.permute(x, index), x[..., index.long()])
+        monkeypatch.setattr(permute, "WIDEST", 32)
+        assert torch.equal(permute.permute(x, index), x[..., index.long()])
+        assert torch.equal(permute.inverse(index), torch.argsort(index))
 
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
     def test_values_are_converted_to_the_dtype_of_the_input(make_case, family, shape):
@@ -101,7 +145,9 @@ if INTERPRETED:
                 close(layer.TritonKernel(full.layout)(x, None), full.weight, x, None)
 
     def test_what_is_held_beside_the_packed_tensors(make_case):
-        assert layer.TritonKernel(make_case("block", 64, 64, 0.3, "i").layout).resident_bytes() == 0
+        block = make_case("block", 64, 96, 0.3, "i").layout
+        count, columns = len(block.tensors["col_indices"]), -(-96 // block.parameters["block_size"])
+        assert layer.TritonKernel(block).resident_bytes() == 4 * (2 * count + columns + 1)
         assert layer.TritonKernel(make_case("nm", 64, 64, 0.3, "o").layout).resident_bytes() == 64 * 4
         assert layer.TritonKernel(make_case("diag", 100, 64, 0.3, "o").layout).resident_bytes() == 100 * 4 + 2 * 2 * 4
 
@@ -111,7 +157,7 @@ if INTERPRETED:
         kernel = layer.TritonKernel(on(make_case(structure, 32, 48, 0.3, "io", **options), CPU))
         x, bias = torch.randn(3, 48, requires_grad=True), torch.randn(32)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed), test_utils=checks)
+        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed, "silu"), test_utils=checks)
 
     @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
     def test_a_packed_layer_takes_its_kernel(monkeypatch, structure):
