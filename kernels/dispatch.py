@@ -100,7 +100,8 @@ def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
 
 def _stored_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
     """The name of what computes from the packed tensors as they are stored."""
-    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype):
+    band = int(layout.parameters.get("band", 1))
+    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype, band):
         return rules.kernel_name(layout.structure)
     if layout.structure == "block" and layout.density <= GATHER_MAX_DENSITY:
         return GatherBmm.name

@@ -25,13 +25,7 @@ from torch.library import wrap_triton
 
 from .common import Config, epilogue, parts_of, permuted, precision, write
 
-SIDES = (64, 32, 16)
 ROWS_OF_SPAN = 64
-
-
-def side(band: int) -> int:
-    """B for runs of `band` diagonals: the largest of 64, 32 and 16 that divides it, 0 where none does."""
-    return next((size for size in SIDES if band % size == 0), 0)
 
 
 def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:

@@ -82,7 +82,7 @@ def gradient_config(tokens: int, blocks: int, dtype: torch.dtype) -> Config:
 
 @triton.jit
 def columns_of(entry, end, col_indices, in_features, SIZE: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of the entries of a block row, and whether there are any; without a gap in runs of `RUN`, 0 says nothing."""
+    """Columns of the entries of a block row, and whether there are any; runs of `RUN` (if not 0) have no gap."""
     column = tl.load(col_indices + entry // SIZE, mask=entry < end, other=0) * SIZE + entry % SIZE
     if RUN > 0:
         column = tl.multiple_of(tl.max_contiguous(column, RUN), RUN)

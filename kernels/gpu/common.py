@@ -50,7 +50,7 @@ PROGRAMS = 264
 
 
 def parts_of(tokens: int, programs: int) -> int:
-    """Into how many parts a gradient is cut by tokens, for few `programs` to become enough; 256 tokens at least each."""
+    """Into how many parts a gradient is cut by tokens, for few `programs` to become enough; 256 at least each."""
     return next((parts for parts in (16, 8, 4, 2) if tokens >= 256 * parts and programs * parts <= 2 * PROGRAMS), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,9 @@ class TritonKernel:
         self.name = rules.kernel_name(layout.structure)
         perm_in = None if layout.perm_in is None else layout.perm_in.to(torch.int32).contiguous()
         store = None if layout.perm_out is None else inverse(layout.perm_out)
-        operands, made = operands_of(layout)
+        operands, made = operands_of(
+            layout.structure, layout.parameters, layout.out_features, layout.in_features, layout.tensors
+        )
         self._made = made if store is None else [*made, store]
         self._operator: Any = OPERATORS[layout.structure][0]
         self._packed = (
@@ -68,15 +71,17 @@ class TritonKernel:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._made)
 
 
-def operands_of(layout: Layout) -> tuple[Operands, list[Tensor]]:
-    """What a layout's operator is given, and which of it was made beside the packed tensors."""
-    packed = {key: tensor.detach().contiguous() for key, tensor in layout.tensors.items()}
-    if layout.structure == "block":
+def operands_of(
+    structure: str, parameters: Mapping[str, Any], out_features: int, in_features: int, tensors: Mapping[str, Tensor]
+) -> tuple[Operands, list[Tensor]]:
+    """What the operator of a layer packed into `tensors` is given, and which of it was made beside them."""
+    packed = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    if structure == "block":
         offsets, columns, size = packed["row_offsets"], packed["col_indices"], packed["values"].shape[-1]
-        made = transposed_index(offsets, columns, -(-layout.in_features // size))
+        made = transposed_index(offsets, columns, -(-in_features // size))
         return Operands(packed["values"], [offsets, columns, *made], [size]), made
-    if layout.structure == "diag":
-        made = [spans_of(packed["offsets"], layout.out_features, layout.in_features)]
-        band = int(layout.parameters["band"])
+    if structure == "diag":
+        made = [spans_of(packed["offsets"], out_features, in_features)]
+        band = int(parameters["band"])
         return Operands(packed["values"], [packed["offsets"], *made], [band]), made
-    return Operands(packed["values"], [packed["indices"]], [int(layout.parameters["m"])]), []
+    return Operands(packed["values"], [packed["indices"]], [int(parameters["m"])]), []

@@ -13,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from padst_kernels.gpu import bands, block, diag, nm, nm_tiles, permute  # noqa: E402
+from padst_kernels.gpu import bands, block, diag, nm, nm_tiles, permute, rules  # noqa: E402
 from padst_kernels.gpu.common import Config  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
@@ -55,6 +55,7 @@ def block_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[La
 
 
 def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
+    del dtype
     for cut, tall in product(cuts(diag.space, whole=whole), (True, False)):
         yield diag.diag_kernel, {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"}, {"TALL": tall}, cut
     for cut in diag.gradient_space()[: None if whole else 1]:
@@ -62,7 +63,7 @@ def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
 
 
 def band_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
-    for size, tall in product(bands.SIDES, (True, False)):
+    for size, tall in product(rules.BAND_SIDES, (True, False)):
         pointers = {"values": "?", "offsets": "i32", "tiles": "?"}
         yield bands.tile_kernel, pointers, {"TALL": tall, "SIZE": size}, Config(num_warps=4, num_stages=2)
         for precision in precisions(dtype, backend):
