@@ -77,7 +77,7 @@ if INTERPRETED:
     def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family, shape):
         check_gradients(make_case, family, shape, CPU)
         monkeypatch.setattr(operator, "WORTH", 0)
-        check_gradients(make_case, family, shape[::-1], CPU, (19,))
+        check_gradients(make_case, family, shape if FAMILIES[family][0] == "nm" else shape[::-1], CPU, (19,))
 
     @pytest.mark.parametrize("family", ["diag", "band 16", pytest.param("band 32", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("shape", [(48, 48), (49, 47), (47, 49), (33, 90)], ids=str)
