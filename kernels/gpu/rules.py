@@ -40,11 +40,14 @@ def serves(
 
     Diagonals come in runs of `band`.
     """
-    if not HAS_TRITON or device.type != "cuda" or structure not in STRUCTURES:
+    if device.type != "cuda" or not computes(structure, dtype, value_dtype):
         return False
-    if structure == "diag" and not band_side(band) and tokens > SCALAR_TOKENS:
-        return False
-    return dtype in DTYPES and value_dtype in DTYPES
+    return structure != "diag" or band_side(band) > 0 or tokens <= SCALAR_TOKENS
+
+
+def computes(structure: str, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
+    """Whether there is a Triton kernel for the structure and these dtypes, for whatever number of tokens."""
+    return HAS_TRITON and structure in STRUCTURES and dtype in DTYPES and value_dtype in DTYPES
 
 
 def band_side(band: int) -> int:
