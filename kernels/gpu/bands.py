@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import tuning
 from .common import Config, epilogue, parts_of, permuted, precision, write
 
 ROWS_OF_SPAN = 64
@@ -42,11 +43,6 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     )
 
 
-def config(tokens: int, size: int, dtype: torch.dtype) -> Config:
-    """How a product is cut."""
-    return space(tokens, size, dtype)[0]
-
-
 def gradient_space(tokens: int, tiles: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: tokens at a time, parts that they are cut into."""
     split = parts_of(tokens, tiles)
@@ -57,11 +53,6 @@ def gradient_space(tokens: int, tiles: int, size: int, dtype: torch.dtype) -> tu
         for each in splits
         for tile, warps in cuts
     )
-
-
-def gradient_config(tokens: int, tiles: int, size: int, dtype: torch.dtype) -> Config:
-    """How the gradient is cut."""
-    return gradient_space(tokens, tiles, size, dtype)[0]
 
 
 @triton.jit
@@ -232,7 +223,7 @@ def launch(
     wrap_triton(tile_kernel)[(bands * slots,)](
         values=values, offsets=offsets, tiles=tiles, TALL=tall, SIZE=size, num_warps=4, **shape
     )
-    cut = config(tokens, size, x.dtype)
+    cut = tuning.cut("bands", space(tokens, size, x.dtype), tokens, x, values, out_features)
     wrap_triton(band_kernel)[(triton.cdiv(out_features, size) * triton.cdiv(tokens, cut.TILE),)](
         x=x, tiles=tiles, offsets=offsets, spans=spans, y=y, tokens=tokens, bands=bands,
         TALL=tall, EVEN=max(in_features, out_features) % 16 == 0, SPAN=ROWS_OF_SPAN, PRECISION=precision(x.dtype),
@@ -240,13 +231,13 @@ def launch(
     )  # fmt: skip
 
 
-def launch_gradient(x: Tensor, dy: Tensor, offsets: Tensor, size: int, tall: bool) -> Tensor:
+def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, offsets: Tensor, size: int, tall: bool) -> Tensor:
     """The gradient of the values, float32 `[K, min(out, in)]`."""
     in_features, out_features = x.shape[-1], dy.shape[-1]
     tokens, bands, slots = x.numel() // in_features, len(offsets) // size, _slots(out_features, in_features, tall, size)
-    cut = gradient_config(tokens, bands * slots, size, x.dtype)
-    shape = (cut.SPLIT, len(offsets), min(out_features, in_features))
-    found = torch.empty(shape, dtype=torch.float32, device=x.device)
+    cuts = gradient_space(tokens, bands * slots, size, x.dtype)
+    cut = tuning.cut("bands gradient", cuts, tokens, x, values, out_features)
+    found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
     wrap_triton(gradient_kernel)[(bands * slots * cut.SPLIT,)](
         x=x, dy=dy, offsets=offsets, found=found, tokens=tokens, out_features=out_features, in_features=in_features,
         bands=bands, slots=slots, TALL=tall, EVEN=max(in_features, out_features) % 16 == 0,

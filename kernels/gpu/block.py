@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import tuning
 from .common import Config, epilogue, parts_of, permuted, precision, write
 from .operator import define
 
@@ -57,11 +58,6 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     )
 
 
-def config(tokens: int, size: int, dtype: torch.dtype) -> Config:
-    """How a product is cut."""
-    return space(tokens, size, dtype)[0]
-
-
 def gradient_space(tokens: int, blocks: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: tokens at a time, parts that they are cut into.
 
@@ -73,11 +69,6 @@ def gradient_space(tokens: int, blocks: int, dtype: torch.dtype) -> tuple[Config
     return tuple(
         Config(TILE=tile, SPLIT=each, num_warps=warps, num_stages=3) for each in splits for tile, warps in tiles
     )
-
-
-def gradient_config(tokens: int, blocks: int, dtype: torch.dtype) -> Config:
-    """How the gradient is cut."""
-    return gradient_space(tokens, blocks, dtype)[0]
 
 
 @triton.jit
@@ -233,7 +224,8 @@ class _Block:
         row_offsets, col_indices, column_offsets, row_indices, order = index
         in_features, out_features, (size,) = x.shape[-1], y.shape[-1], parameters
         tokens = x.numel() // in_features
-        cut = config(tokens, size, x.dtype)
+        name = "block transposed" if transposed else "block"
+        cut = tuning.cut(name, space(tokens, size, x.dtype), tokens, x, values, out_features)
         kernel, tiles = (few_kernel, 1) if tokens <= FEW else (block_kernel, triton.cdiv(tokens, cut.TILE))
         more = {"SPLIT": cut.SPLIT} if tokens <= FEW else {}
         wrap_triton(kernel)[(triton.cdiv(out_features, cut.ROWS) * tiles,)](
@@ -249,7 +241,8 @@ class _Block:
     def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
         _, col_indices, _, row_indices, order = index
         blocks, (size,), tokens = len(col_indices), parameters, x.numel() // x.shape[-1]
-        cut = gradient_config(tokens, blocks, x.dtype)
+        cuts = gradient_space(tokens, blocks, x.dtype)
+        cut = tuning.cut("block gradient", cuts, tokens, x, values, dy.shape[-1])
         found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
         wrap_triton(gradient_kernel)[(blocks * cut.SPLIT,)](
             x=x, dy=dy, found=found, col_indices=col_indices, row_indices=row_indices, order=order,

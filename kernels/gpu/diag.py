@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import bands, rules
+from . import bands, rules, tuning
 from .common import Config, epilogue, permuted, write
 from .operator import define
 
@@ -40,20 +40,10 @@ def space(tokens: int) -> tuple[Config, ...]:
     return tuple(Config(TILE=tile, ROWS=ROWS, STEP=step, num_warps=warps, num_stages=2) for step, warps in cuts)
 
 
-def config(tokens: int) -> Config:
-    """How a product is cut."""
-    return space(tokens)[0]
-
-
 def gradient_space() -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: diagonals side by side, tokens at a time."""
     cuts = ((8, 4), (16, 2), (4, 8), (8, 2))
     return tuple(Config(TILE=tile, ROWS=ROWS, STEP=step, num_warps=4, num_stages=2) for step, tile in cuts)
-
-
-def gradient_config() -> Config:
-    """How the gradient is cut."""
-    return gradient_space()[0]
 
 
 def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -163,7 +153,7 @@ class _Diag:
         if size and tokens > FEW:
             bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
             return
-        cut = config(tokens)
+        cut = tuning.cut("diag", space(tokens), tokens, x, values, out_features)
         wrap_triton(diag_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, offsets=index[0], spans=index[1], y=y,
             tokens=tokens, out_features=out_features, in_features=in_features, diagonals=len(index[0]), TALL=tall,
@@ -175,9 +165,9 @@ class _Diag:
         in_features, out_features = x.shape[-1], dy.shape[-1]
         size, tall = rules.band_side(parameters[0]), in_features <= out_features
         if size:
-            return bands.launch_gradient(x, dy, index[0], size, tall)
+            return bands.launch_gradient(x, dy, values, index[0], size, tall)
         near, far = (x, dy) if tall else (dy, x)
-        cut = gradient_config()
+        cut = tuning.cut("diag gradient", gradient_space(), x.numel() // in_features, x, values, out_features)
         found = torch.empty_like(values, dtype=torch.float32)
         grid = (triton.cdiv(near.shape[-1], cut.ROWS) * triton.cdiv(len(index[0]), cut.STEP),)
         wrap_triton(gradient_kernel)[grid](

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import nm_tiles
+from . import nm_tiles, tuning
 from .common import Config, epilogue, permuted, write
 from .operator import define
 
@@ -30,11 +30,6 @@ def space(tokens: int) -> tuple[Config, ...]:
     elif tokens <= 4:
         tile, cuts = 4, ((4, 128, 4), (8, 64, 4), (2, 256, 4), (4, 64, 2))
     return tuple(Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts)
-
-
-def config(tokens: int) -> Config:
-    """How a product is cut."""
-    return space(tokens)[0]
 
 
 def index_bits(m: int) -> int:
@@ -99,7 +94,7 @@ class _NM:
         if transposed or tokens > FEW:
             nm_tiles.launch(x, bias, values, indices, perm_in, store, y, group, transposed, activation)
             return
-        cut = config(tokens)
+        cut = tuning.cut("nm", space(tokens), tokens, x, values, out_features)
         wrap_triton(nm_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, indices=indices, y=y,
             tokens=tokens, out_features=out_features, in_features=in_features,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import tuning
 from .common import Config, epilogue, parts_of, permuted, precision, write
 
 
@@ -35,11 +36,6 @@ def space(tokens: int, dtype: torch.dtype) -> tuple[Config, ...]:
     )
 
 
-def config(tokens: int, dtype: torch.dtype) -> Config:
-    """How a product is cut."""
-    return space(tokens, dtype)[0]
-
-
 def gradient_space(tokens: int, tiles: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first, for `tiles` tiles of 64 x 64: tokens at a time, their parts."""
     split = parts_of(tokens, tiles)
@@ -49,11 +45,6 @@ def gradient_space(tokens: int, tiles: int, dtype: torch.dtype) -> tuple[Config,
         for each in dict.fromkeys((split, 2 * split))
         for tile, warps in cuts
     )
-
-
-def gradient_config(tokens: int, tiles: int, dtype: torch.dtype) -> Config:
-    """How the gradient is cut."""
-    return gradient_space(tokens, tiles, dtype)[0]
 
 
 @triton.jit
@@ -151,7 +142,8 @@ def launch(
     """Write y; `group` has N, M and BITS."""
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
-    cut = config(tokens, x.dtype)
+    name = "nm tiles transposed" if transposed else "nm tiles"
+    cut = tuning.cut(name, space(tokens, x.dtype), tokens, x, values, out_features)
     wrap_triton(tile_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
         x=x, values=values, indices=indices, y=y, tokens=tokens, out_features=out_features, in_features=in_features,
         slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], TRANSPOSED=transposed,
@@ -163,7 +155,8 @@ def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, indices: Tensor, grou
     """The gradient of the values, float32 and in their shape."""
     in_features, out_features = x.shape[-1], dy.shape[-1]
     tokens = x.numel() // in_features
-    cut = gradient_config(tokens, triton.cdiv(out_features, 64) * triton.cdiv(in_features, 64), x.dtype)
+    cuts = gradient_space(tokens, triton.cdiv(out_features, 64) * triton.cdiv(in_features, 64), x.dtype)
+    cut = tuning.cut("nm gradient", cuts, tokens, x, values, out_features)
     tiles = triton.cdiv(out_features, cut.ROWS) * triton.cdiv(in_features, cut.STEP)
     found = torch.zeros((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
     wrap_triton(gradient_kernel)[(tiles * cut.SPLIT,)](
