@@ -23,17 +23,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import tuning
+from . import rules, tuning
 from .common import Config, epilogue, parts_of, permuted, precision, write
 
 ROWS_OF_SPAN = 64
+
+
+def side(band: int, dtype: torch.dtype) -> int:
+    """B for runs of `band` diagonals, 0 where they make no tiles; float32 in full has registers for 16 only."""
+    size = rules.band_side(band)
+    return min(size, rules.BAND_SIDES[-1]) if dtype is torch.float32 else size
 
 
 def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How a product may be cut for bands of `size`, the default first: the tile of tokens, how deep loads run ahead."""
     tiles: tuple[tuple[int, int, int], ...]
     if dtype is torch.float32:
-        tiles = ((64, 8, 2), (32, 4, 2), (64, 4, 1))
+        tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2))
     elif tokens <= 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))
     else:
@@ -46,7 +52,7 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
 def gradient_space(tokens: int, tiles: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: tokens at a time, parts that they are cut into."""
     split = parts_of(tokens, tiles)
-    cuts = ((16, 8), (32, 8)) if dtype is torch.float32 else ((64, 4), (32, 4), (32, 8))
+    cuts = ((32, 4), (16, 4)) if dtype is torch.float32 else ((64, 4), (32, 4), (32, 8))
     splits = dict.fromkeys((split, 2 * split, max(split // 2, 1)))
     return tuple(
         Config(TILE=tile, ROWS=size, SPLIT=each, num_warps=warps, num_stages=2)

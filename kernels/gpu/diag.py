@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import bands, rules, tuning
+from . import bands, tuning
 from .common import Config, epilogue, permuted, write
 from .operator import define
 
@@ -148,7 +148,7 @@ class _Diag:
         store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
     ) -> None:  # fmt: skip
         in_features, out_features = x.shape[-1], y.shape[-1]
-        tokens, size = x.numel() // in_features, rules.band_side(parameters[0])
+        tokens, size = x.numel() // in_features, bands.side(parameters[0], x.dtype)
         tall = in_features < out_features if transposed else in_features <= out_features
         if size and tokens > FEW:
             bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
@@ -163,7 +163,7 @@ class _Diag:
     @staticmethod
     def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
         in_features, out_features = x.shape[-1], dy.shape[-1]
-        size, tall = rules.band_side(parameters[0]), in_features <= out_features
+        size, tall = bands.side(parameters[0], x.dtype), in_features <= out_features
         if size:
             return bands.launch_gradient(x, dy, values, index[0], size, tall)
         near, far = (x, dy) if tall else (dy, x)

@@ -63,7 +63,7 @@ def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
 
 
 def band_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
-    for size, tall in product(rules.BAND_SIDES, (True, False)):
+    for size, tall in product(sorted({bands.side(side, dtype) for side in rules.BAND_SIDES}), (True, False)):
         pointers = {"values": "?", "offsets": "i32", "tiles": "?"}
         yield bands.tile_kernel, pointers, {"TALL": tall, "SIZE": size}, Config(num_warps=4, num_stages=2)
         for precision in precisions(dtype, backend):
