@@ -229,7 +229,7 @@ def launch(
     wrap_triton(tile_kernel)[(bands * slots,)](
         values=values, offsets=offsets, tiles=tiles, TALL=tall, SIZE=size, num_warps=4, **shape
     )
-    cut = tuning.cut("bands", space(tokens, size, x.dtype), tokens, x, values, out_features)
+    cut = tuning.tuned("bands", space(tokens, size, x.dtype), tokens, x, values, out_features)
     wrap_triton(band_kernel)[(triton.cdiv(out_features, size) * triton.cdiv(tokens, cut.TILE),)](
         x=x, tiles=tiles, offsets=offsets, spans=spans, y=y, tokens=tokens, bands=bands,
         TALL=tall, EVEN=max(in_features, out_features) % 16 == 0, SPAN=ROWS_OF_SPAN, PRECISION=precision(x.dtype),
@@ -242,7 +242,7 @@ def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, offsets: Tensor, size
     in_features, out_features = x.shape[-1], dy.shape[-1]
     tokens, bands, slots = x.numel() // in_features, len(offsets) // size, _slots(out_features, in_features, tall, size)
     cuts = gradient_space(tokens, bands * slots, size, x.dtype)
-    cut = tuning.cut("bands gradient", cuts, tokens, x, values, out_features)
+    cut = tuning.tuned("bands gradient", cuts, tokens, x, values, out_features)
     found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
     wrap_triton(gradient_kernel)[(bands * slots * cut.SPLIT,)](
         x=x, dy=dy, offsets=offsets, found=found, tokens=tokens, out_features=out_features, in_features=in_features,

@@ -225,7 +225,7 @@ class _Block:
         in_features, out_features, (size,) = x.shape[-1], y.shape[-1], parameters
         tokens = x.numel() // in_features
         name = "block transposed" if transposed else "block"
-        cut = tuning.cut(name, space(tokens, size, x.dtype), tokens, x, values, out_features)
+        cut = tuning.tuned(name, space(tokens, size, x.dtype), tokens, x, values, out_features)
         kernel, tiles = (few_kernel, 1) if tokens <= FEW else (block_kernel, triton.cdiv(tokens, cut.TILE))
         more = {"SPLIT": cut.SPLIT} if tokens <= FEW else {}
         wrap_triton(kernel)[(triton.cdiv(out_features, cut.ROWS) * tiles,)](
@@ -242,7 +242,7 @@ class _Block:
         _, col_indices, _, row_indices, order = index
         blocks, (size,), tokens = len(col_indices), parameters, x.numel() // x.shape[-1]
         cuts = gradient_space(tokens, blocks, x.dtype)
-        cut = tuning.cut("block gradient", cuts, tokens, x, values, dy.shape[-1])
+        cut = tuning.tuned("block gradient", cuts, tokens, x, values, dy.shape[-1])
         found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
         wrap_triton(gradient_kernel)[(blocks * cut.SPLIT,)](
             x=x, dy=dy, found=found, col_indices=col_indices, row_indices=row_indices, order=order,

@@ -153,7 +153,7 @@ class _Diag:
         if size and tokens > FEW:
             bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
             return
-        cut = tuning.cut("diag", space(tokens), tokens, x, values, out_features)
+        cut = tuning.tuned("diag", space(tokens), tokens, x, values, out_features)
         wrap_triton(diag_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, offsets=index[0], spans=index[1], y=y,
             tokens=tokens, out_features=out_features, in_features=in_features, diagonals=len(index[0]), TALL=tall,
@@ -167,7 +167,7 @@ class _Diag:
         if size:
             return bands.launch_gradient(x, dy, values, index[0], size, tall)
         near, far = (x, dy) if tall else (dy, x)
-        cut = tuning.cut("diag gradient", gradient_space(), x.numel() // in_features, x, values, out_features)
+        cut = tuning.tuned("diag gradient", gradient_space(), x.numel() // in_features, x, values, out_features)
         found = torch.empty_like(values, dtype=torch.float32)
         grid = (triton.cdiv(near.shape[-1], cut.ROWS) * triton.cdiv(len(index[0]), cut.STEP),)
         wrap_triton(gradient_kernel)[grid](

@@ -94,7 +94,7 @@ class _NM:
         if transposed or tokens > FEW:
             nm_tiles.launch(x, bias, values, indices, perm_in, store, y, group, transposed, activation)
             return
-        cut = tuning.cut("nm", space(tokens), tokens, x, values, out_features)
+        cut = tuning.tuned("nm", space(tokens), tokens, x, values, out_features)
         wrap_triton(nm_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, indices=indices, y=y,
             tokens=tokens, out_features=out_features, in_features=in_features,

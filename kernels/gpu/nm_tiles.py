@@ -143,7 +143,7 @@ def launch(
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
     name = "nm tiles transposed" if transposed else "nm tiles"
-    cut = tuning.cut(name, space(tokens, x.dtype), tokens, x, values, out_features)
+    cut = tuning.tuned(name, space(tokens, x.dtype), tokens, x, values, out_features)
     wrap_triton(tile_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
         x=x, values=values, indices=indices, y=y, tokens=tokens, out_features=out_features, in_features=in_features,
         slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], TRANSPOSED=transposed,
@@ -156,7 +156,7 @@ def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, indices: Tensor, grou
     in_features, out_features = x.shape[-1], dy.shape[-1]
     tokens = x.numel() // in_features
     cuts = gradient_space(tokens, triton.cdiv(out_features, 64) * triton.cdiv(in_features, 64), x.dtype)
-    cut = tuning.cut("nm gradient", cuts, tokens, x, values, out_features)
+    cut = tuning.tuned("nm gradient", cuts, tokens, x, values, out_features)
     tiles = triton.cdiv(out_features, cut.ROWS) * triton.cdiv(in_features, cut.STEP)
     found = torch.zeros((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
     wrap_triton(gradient_kernel)[(tiles * cut.SPLIT,)](

@@ -1,6 +1,6 @@
 """Which cut of a kernel is the fastest for a layer and a number of tokens on this device: measured when asked for.
 
-Every kernel has a space of Configs, the default first, and asks `cut` for one at each launch. `tune` runs a piece
+Every kernel has a space of Configs, the default first, and asks `tuned` for one at each launch. `tune` runs a piece
 of work with every Config of every kernel that the work launches, times it, and keeps the fastest. Compiling a kernel
 takes about a second a Config, so nothing is tuned unasked, and never while a graph is captured or traced: a launch
 takes what is known of its device, or the default.
@@ -41,7 +41,7 @@ _trial: _Trial | None = None
 _resolved: dict[tuple[int, str], tuple[dict[int, Cut], Steps[Cut]]] = {}
 
 
-def cut(
+def tuned(
     kernel: str,
     space: tuple[AnyConfig, ...],
     tokens: int,

@@ -198,5 +198,5 @@ def test_a_launch_asks_with_its_tensors():
     x, values = torch.zeros(5, 64).as_subclass(OnGpu), torch.zeros(1000)
     figures = {tuning.features("k", x, values, 96): {8: asdict(SPACE[2])}}
     measured.keep(CUDA, Measured(figures))
-    assert tuning.cut("k", SPACE, 5, x, values, 96) == SPACE[2]
-    assert tuning.cut("k", SPACE, 5, x, values, 128) == SPACE[0]
+    assert tuning.tuned("k", SPACE, 5, x, values, 96) == SPACE[2]
+    assert tuning.tuned("k", SPACE, 5, x, values, 128) == SPACE[0]
