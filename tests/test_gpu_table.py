@@ -52,11 +52,11 @@ def test_the_goals_are_all_there():
         for variant, goal in (("diag", 5.0), ("block 32", 5.0), ("block 64", 5.0), ("nm", 4.5)):
             assert goals[f"4096 -> 11008, T={tokens}, {variant}"] == goal
     assert goals["4096 -> 11008, T=4096, block 64"] == 5.0
-    assert goals["4096 -> 11008, T=4096, banded diag"] == 2.0
+    assert goals["4096 -> 11008, T=4096, diag, bands of 64"] == 2.0
     assert goals["Llama-2-7B, decoding, batch 1, block 32"] == 3.0
     assert goals["ViT-B/16, batch 256, block 64"] == 1.8
     assert goals["GPT-2 small, prefill 16 x 1024, block 64"] == 2.0
-    assert goals["GPT-2 small, prefill 16 x 1024, banded diag"] == 1.5
+    assert goals["GPT-2 small, prefill 16 x 1024, diag in bands of 64"] == 1.5
     assert goals["GPT-2 small, fine-tuning step, 8 x 1024, block 64"] == 1.21
     assert sum(group.budget for group in groups(FULL)) <= gpu_table.BUDGET < 480
 
