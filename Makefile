@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart install test test-slow test-gpu sanitize lint checkpoint clean
+.PHONY: quickstart install test test-slow test-gpu bench-gpu sanitize lint checkpoint clean
 
 install: $(STAMP)
 
@@ -23,9 +23,15 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# On a machine with a CUDA device and a torch built for it.
+# On a machine with a CUDA device and a torch built for it. What is left out, as the sanitizer where it is not installed,
+# is said at the end.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu.py
+	$(BIN)/python -m pytest -m gpu -rs tests/kernels
+
+# The figures of BENCHMARKS.md on a GPU, goals beside them, in less than eight minutes; needs no model and no network.
+bench-gpu: $(STAMP)
+	mkdir -p build
+	$(BIN)/python -m padst_cli.bench.gpu_table --output build/gpu.md
 
 # The kernels' tests on a build that stops at every read or write outside memory and at undefined behaviour. Vectors are
 # read unaligned on purpose.

@@ -1,20 +1,25 @@
 """Which kernel computes a layer, by structure, density, device, dtype and tokens.
 
-On the CPU the costs of the machine say it. On a GPU no costs are measured yet: a Triton kernel runs wherever there is
-one (gpu/rules.py has the limits), a plain torch path elsewhere.
+On the CPU the costs of the machine say it. On a GPU it is what `calibrate_gpu` measured there for layers like this one;
+without that a Triton kernel runs wherever there is one (gpu/rules.py has the limits), a plain torch path elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from .cpu import machine, native, transient
 from .cpu.native import NativeKernel
 from .cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
-from .gpu import rules
+from .gpu import calibrate, paths, rules, semi
+from .gpu.calibrate import OnMeasured
+from .gpu.semi import SemiStructured
 from .layout import Kernel, Layout
+from .steps import GRID, Steps
 
 __all__ = [
     "COMPACT_DTYPES",
@@ -23,6 +28,7 @@ __all__ = [
     "Kernel",
     "Layout",
     "NativeKernel",
+    "calibrate_gpu",
     "compact",
     "kernel_name",
     "prepare",
@@ -33,6 +39,9 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger("padst_kernels")
+
+
 def _triton(layout: Layout) -> Kernel:
     from .gpu.layer import TritonKernel  # imports triton, which a machine without a GPU may lack
 
@@ -41,7 +50,7 @@ def _triton(layout: Layout) -> Kernel:
 
 
 _KERNELS: dict[str, Callable[[Layout], Kernel]] = {
-    **{kernel.name: kernel for kernel in (DenseMatmul, GatherBmm)},
+    **{kernel.name: kernel for kernel in (DenseMatmul, GatherBmm, SemiStructured)},
     **{rules.kernel_name(structure): _triton for structure in rules.STRUCTURES},
 }
 
@@ -100,7 +109,21 @@ def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
 
 def _stored_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
     """The name of what computes from the packed tensors as they are stored."""
-    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype):
+    if device.type != "cuda":
+        return _ruled_name(layout, device, tokens, dtype)
+    steps = layout.choices.get(dtype)
+    name = (_steps(layout, device, dtype) if steps is None else steps).at(tokens)
+    assert name is not None
+    return name
+
+
+def _steps(layout: Layout, device: torch.device, dtype: torch.dtype) -> Steps[str]:
+    return paths.steps(layout, device, dtype, lambda tokens: _ruled_name(layout, device, tokens, dtype))
+
+
+def _ruled_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
+    band = int(layout.parameters.get("band", 1))
+    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype, band):
         return rules.kernel_name(layout.structure)
     if layout.structure == "block" and layout.density <= GATHER_MAX_DENSITY:
         return GatherBmm.name
@@ -109,14 +132,66 @@ def _stored_name(layout: Layout, device: torch.device, tokens: int, dtype: torch
 
 def select(layout: Layout, tokens: int, dtype: torch.dtype) -> Kernel:
     """What runs `tokens` rows of `dtype` where `compact` serves not: made once and kept in `layout.prepared`."""
-    name = _stored_name(layout, layout.tensors["values"].device, tokens, dtype)
+    device = layout.tensors["values"].device
+    if device.type == "cuda" and dtype not in layout.choices:
+        layout.choices[dtype] = _steps(layout, device, dtype)
+        if not paths.known(layout, device, dtype):
+            _say_unmeasured()
+    name = _stored_name(layout, device, tokens, dtype)
     kernel = layout.prepared.get(name)
     if kernel is None:
         kernel = layout.prepared[name] = _KERNELS[name](layout)
     return kernel
 
 
+@functools.cache
+def _say_unmeasured() -> None:
+    _log.warning(
+        "nothing is measured of this model on this GPU: rules choose how its layers run, 2:4 ones with many tokens run "
+        "dense; `padst bench MODEL --calibrate` measures, once"
+    )
+
+
+def calibrate_gpu(
+    layouts: Iterable[Layout],
+    dtype: torch.dtype,
+    *,
+    tokens: Sequence[int] = GRID,
+    deadline: float = float("inf"),
+    on_measured: OnMeasured = calibrate.silent,
+) -> int:
+    """Tune the kernels of layers on the GPU where they are and time their paths, dense included, for activations of
+    `dtype`; the layers take the fastest from then on, and so do layers like them in processes to come.
+
+    Stops at `deadline` (seconds of `time.monotonic`); returns how many cells, a kind of layer at a token count, were
+    left to the rules.
+    """
+    layouts = list(layouts)
+    left = calibrate.calibrate(
+        layouts,
+        dtype,
+        lambda layout: _gpu_paths(layout, dtype),
+        tokens=tokens,
+        deadline=deadline,
+        on_measured=on_measured,
+    )
+    for layout in layouts:
+        layout.choices.clear()
+    return left
+
+
+def _gpu_paths(layout: Layout, dtype: torch.dtype) -> calibrate.Paths:
+    found: dict[str, Callable[[Layout], Kernel]] = {DenseMatmul.name: DenseMatmul}
+    if rules.computes(layout.structure, dtype, layout.tensors["values"].dtype):
+        found[rules.kernel_name(layout.structure)] = _triton
+    if semi.applies(layout):
+        found[SemiStructured.name] = SemiStructured
+    return found
+
+
 def prepare(layout: Layout, dtype: torch.dtype) -> None:
     """Make what calls with few and with many tokens will need, as before tracing a graph that may not make it."""
-    for tokens in (1, 1 << 20):
-        select(layout, tokens, dtype).prepare(dtype)
+    select(layout, 1, dtype).prepare(dtype)
+    select(layout, 1 << 20, dtype).prepare(dtype)
+    for limit in layout.choices[dtype].limits if dtype in layout.choices else ():
+        select(layout, limit, dtype).prepare(dtype)

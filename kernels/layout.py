@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cost import Work, resident_bound
+from .steps import Steps
 
 
 class Kernel(Protocol):
@@ -34,7 +35,7 @@ class Layout:
     The layer is y = (S x[..., perm_in])[..., perm_out] + b with S `[out, in]` packed into `tensors` after `structure`
     and `parameters`; `materialise` gives the dense W `[out, in]`, permutations folded in. `support` gives the mask of S
     `[out, in]`, and `repack` the tensors again from such a W and mask; both or neither are there. `prepared` keeps the
-    kernels made for this layout.
+    kernels made for this layout, `choices` what was chosen for it on a GPU.
     """
 
     structure: str
@@ -49,6 +50,7 @@ class Layout:
     support: Callable[[], Tensor] | None = None
     repack: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
     prepared: dict[str, Kernel] = field(default_factory=dict)
+    choices: dict[torch.dtype, Steps[str]] = field(default_factory=dict)
 
     @property
     def work(self) -> Work:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,23 @@ class Timing:
     def copies(self, size: int) -> int:
         """How many copies of weights of `size` bytes to rotate through."""
         return max(1, min(self.max_copies, math.ceil(self.rotate_bytes / size)))
+
+
+class Turns:
+    """A function that at each call does the next of several like things, from the first again after the last."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        self.count = len(calls)
+        self._next = cycle(calls).__next__
+
+    def __call__(self) -> Any:
+        """Do the next one."""
+        return self._next()()
+
+
+def turns_of(step: Callable[[], Any]) -> int:
+    """After how many calls a function starts over."""
+    return step.count if isinstance(step, Turns) else 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,10 @@ class Stopwatch:
     def calls(self, dense: Callable[[], Any], sparse: Callable[[], Any]) -> Pair:
         """Seconds a call, with as many calls to a run as `run_seconds` hold."""
         return self.alternate(self._run(dense), self._run(sparse))
+
+    def uncaptured(self, dense: Callable[[], Any], sparse: Callable[[], Any]) -> Pair:
+        """As `calls`, for functions that no CUDA graph can hold, such as training steps."""
+        return self.calls(dense, sparse)
 
     def _run(self, step: Callable[[], Any]) -> Callable[[], float]:
         step()

@@ -1,13 +1,12 @@
-"""What the Triton kernels of all structures share: the permutation in the load, the epilogue, the operator around them.
+"""What the Triton kernels of all structures share: how they are cut, the permutation in the load, the epilogue.
 
-Every kernel computes a tile `[tokens, rows of S]` of y = (S x[..., perm_in])[..., perm_out] + b and accumulates in
-float32. The output side's permutation is applied where the tile is stored, through its inverse `store` int32 `[out]`:
-row r of S belongs to output store[r].
+Every kernel computes a tile `[tokens, rows of S]` of y = f((S x[..., perm_in])[..., perm_out] + b) and accumulates in
+float32; f is the identity or an activation. The output side's permutation is applied where the tile is stored, through
+its inverse `store` int32 `[out]`: row r of S belongs to output store[r].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,22 +14,44 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import CustomOpDef
+
+ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
+"""What an epilogue can apply: nothing, GELU, its approximation by tanh (Hendrycks and Gimpel, 2016), SiLU."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut: `TILE` tokens and `ROWS` rows of S a program, `STEP` stored values of a row at a time."""
+    """How a kernel is cut: `TILE` tokens and `ROWS` rows of S a program, `STEP` stored values of a row at a time.
 
-    TILE: int
-    ROWS: int
-    STEP: int
+    `SPLIT` is into how many parts a sum is cut that are added up at the end. What a kernel does not know is 0.
+    """
+
     num_warps: int
     num_stages: int
+    TILE: int = 0
+    ROWS: int = 0
+    STEP: int = 0
+    SPLIT: int = 0
 
     def keywords(self) -> dict[str, int]:
         """As the keywords of a launch."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: in full, or as TensorFloat-32 where torch's own switch for products allows it."""
+    if dtype is torch.float32 and torch.version.hip is None and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+PROGRAMS = 264
+"""Programs that fill a large GPU: two for each of an H100's multiprocessors."""
+
+
+def parts_of(tokens: int, programs: int) -> int:
+    """Into how many parts a gradient is cut by tokens, for few `programs` to become enough; 256 at least each."""
+    return next((parts for parts in (16, 8, 4, 2) if tokens >= 256 * parts and programs * parts <= 2 * PROGRAMS), 1)
 
 
 @triton.jit
@@ -43,56 +64,40 @@ def permuted(column, live, perm_in, PERM_IN: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
+def activated(value, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """f(value), float32; v (1 + tanh(u)) / 2 is v sigmoid(2 u)."""
+    if ACTIVATION == "gelu":
+        return 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    elif ACTIVATION == "silu":
+        return value * tl.sigmoid(value)
+    else:
+        return value
+
+
+@triton.jit
 def write(  # type: ignore[no-untyped-def]
-    total, token, row, bias, store, y, tokens, out_features, BIAS: tl.constexpr, STORE: tl.constexpr
-):
-    """The epilogue: `total` float32 `[TILE, ROWS]` plus the bias, to the outputs that the rows of S belong to."""
+    total, token, row, bias, store, y, tokens, out_features,
+    BIAS: tl.constexpr, STORE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: f(`total` float32 `[TILE, ROWS]` plus the bias), to the outputs that the rows of S belong to."""
     inside = row < out_features
     output = row
     if STORE:
         output = tl.load(store + row, mask=inside, other=0)
     if BIAS:
         total += tl.load(bias + output, mask=inside, other=0).to(tl.float32)[None, :]
+    total = activated(total, ACTIVATION)
     place = y + token[:, None] * out_features + output[None, :]
     tl.store(place, total.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & inside[None, :])
 
 
-def epilogue(bias: Tensor | None, perm_in: Tensor | None, store: Tensor | None, stand_in: Tensor) -> dict[str, Any]:
+def epilogue(
+    bias: Tensor | None, perm_in: Tensor | None, store: Tensor | None, stand_in: Tensor, activation: str
+) -> dict[str, Any]:
     """The optional tensors of a launch with their switches; `stand_in` goes where there is none and is not read."""
     optional = {"bias": bias, "perm_in": perm_in, "store": store}
     pointers = {key: stand_in if tensor is None else tensor for key, tensor in optional.items()}
-    return {**pointers, **{key.upper(): tensor is not None for key, tensor in optional.items()}}
-
-
-def empty_output(x: Tensor, out_features: int) -> Tensor:
-    """y for x `[..., in]`, uninitialised."""
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def differentiable(operator: CustomOpDef) -> None:
-    """Give `operator(x, bias, *packed)` gradients to x and the bias.
-
-    dx = dy W through a dense W, which is what the operator itself makes of the identity.
-    """
-
-    def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-        del output
-        x, _, *rest = inputs
-        ctx.in_features = x.shape[-1]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in rest]
-        ctx.places = [place for place, value in enumerate(rest) if isinstance(value, Tensor)]
-        ctx.save_for_backward(*(rest[place] for place in ctx.places))
-
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rest = list(ctx.rest)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            rest[place] = tensor
-        dx = db = None
-        if ctx.needs_input_grad[0]:
-            identity = torch.eye(ctx.in_features, dtype=dy.dtype, device=dy.device)
-            dx = dy @ operator(identity, None, *rest).t()
-        if ctx.needs_input_grad[1]:
-            db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
-        return dx, db, *(None for _ in rest)
-
-    operator.register_autograd(backward, setup_context=setup)
+    switches = {key.upper(): tensor is not None for key, tensor in optional.items()}
+    return {**pointers, **switches, "ACTIVATION": activation}

@@ -1,12 +1,15 @@
-"""Diagonals on CUDA cores, for tokens so few that reading the weight is what costs.
+"""Diagonals on CUDA cores, for tokens so few that reading the weight is what costs; bands take bands.py beyond them.
 
 out >= in: y[t, r] = sum over k with i = (r - o_k) mod out < in: values[k, i] x[t, perm_in[i]]
 out < in: y[t, r] = sum over k: values[k, r] x[t, perm_in[(r + o_k) mod in]]
 
-A program computes `ROWS` neighbouring rows for a tile of tokens: along a diagonal these are neighbouring values, so
-every value is read once a tile, coalesced, and used for all its tokens. `STEP` diagonals are summed side by side and
-added up at the end. Where out > in only some diagonals meet a range of rows; as offsets ascend these follow on each
-other (from the last on to the first), and `spans` says where they begin and end.
+Each form is the other one's transpose, with the same offsets and values. A program computes `ROWS` neighbouring rows
+for a tile of tokens: along a diagonal these are neighbouring values, so every value is read once a tile, coalesced, and
+used for all its tokens. `STEP` diagonals are summed side by side and added up at the end. Where out > in only some
+diagonals meet a range of rows; as offsets ascend these follow on each other (from the last on to the first), and
+`spans` says where they begin and end.
+
+The gradient: dvalues[k, i] = sum over t: dy[t, r] x[t, c] with (r, c) the place of entry i on diagonal k.
 """
 
 from __future__ import annotations
@@ -15,36 +18,46 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from .common import Config, differentiable, empty_output, epilogue, permuted, write
+from . import bands, tuning
+from .common import Config, epilogue, permuted, write
+from .operator import define
 
-ROWS = 64
+ROWS = bands.ROWS_OF_SPAN
 """Rows of a program, and so of a span."""
 
+FEW = 16
+"""Tokens up to which bands, too, run on CUDA cores."""
 
-def config(tokens: int) -> Config:
-    """How the kernel is cut; untuned defaults."""
-    if tokens == 1:
-        return Config(TILE=1, ROWS=ROWS, STEP=16, num_warps=4, num_stages=2)
+
+def space(tokens: int) -> tuple[Config, ...]:
+    """How a product may be cut, the default first: diagonals side by side, warps."""
+    cuts: tuple[tuple[int, int], ...]
+    tile, cuts = 16, ((4, 4), (2, 4), (8, 8), (4, 8))
     if tokens <= 4:
-        return Config(TILE=4, ROWS=ROWS, STEP=16, num_warps=4, num_stages=2)
-    return Config(TILE=16, ROWS=ROWS, STEP=4, num_warps=4, num_stages=2)
+        tile, cuts = 1 if tokens == 1 else 4, ((16, 4), (32, 4), (8, 4), (32, 8), (8, 2))
+    return tuple(Config(TILE=tile, ROWS=ROWS, STEP=step, num_warps=warps, num_stages=2) for step, warps in cuts)
+
+
+def gradient_space() -> tuple[Config, ...]:
+    """How the gradient may be cut, the default first: diagonals side by side, tokens at a time."""
+    cuts = ((8, 4), (16, 2), (4, 8), (8, 2))
+    return tuple(Config(TILE=tile, ROWS=ROWS, STEP=step, num_warps=4, num_stages=2) for step, tile in cuts)
 
 
 def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """Of every `ROWS` rows the number of the first diagonal that meets them and of that behind the last.
 
-    Numbers go on past K where the diagonals start over. int32 `[ceil(out / ROWS), 2]`; offsets int32 `[K]` ascending.
+    For out >= in; where it is less, those of the transpose. Numbers go on past K where the diagonals start over. int32
+    `[ceil(max(out, in) / ROWS), 2]`; offsets int32 `[K]` ascending.
     """
-    count = len(offsets)
-    first_row = torch.arange(0, out_features, ROWS, device=offsets.device)
-    if out_features < in_features:
-        return torch.stack([torch.zeros_like(first_row), torch.full_like(first_row, count)], dim=1).to(torch.int32)
+    count, rows, length = len(offsets), max(out_features, in_features), min(out_features, in_features)
+    first_row = torch.arange(0, rows, ROWS, device=offsets.device)
     # Row r meets offset o where r - in < o <= r, counted modulo out; one turn more keeps that above zero.
-    turns = torch.cat([offsets.long() + turn * out_features for turn in range(3)])
-    begin = torch.searchsorted(turns, first_row + out_features - in_features, right=True)
-    end = torch.searchsorted(turns, first_row + out_features + ROWS - 1, right=True)
+    turns = torch.cat([offsets.long() + turn * rows for turn in range(3)])
+    begin = torch.searchsorted(turns, first_row + rows - length, right=True)
+    end = torch.searchsorted(turns, first_row + rows + ROWS - 1, right=True)
     return torch.stack([begin, torch.minimum(end, begin + count)], dim=1).to(torch.int32)
 
 
@@ -52,15 +65,18 @@ def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
 def diag_kernel(  # type: ignore[no-untyped-def]
     x, values, offsets, spans, perm_in, store, bias, y, tokens, out_features, in_features, diagonals,
     TALL: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
+    PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile; programs of one tile of tokens are neighbours, so that its inputs stay in the cache."""
     parts = tl.cdiv(out_features, ROWS)
     part = tl.program_id(0) % parts
     token = (tl.program_id(0) // parts).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = part * ROWS + tl.arange(0, ROWS)
-    begin = tl.load(spans + 2 * part)
-    end = tl.load(spans + 2 * part + 1)
+    begin = 0
+    end = diagonals
+    if TALL:
+        begin = tl.load(spans + 2 * part)
+        end = tl.load(spans + 2 * part + 1)
     partial = tl.zeros((TILE, STEP, ROWS), dtype=tl.float32)
     for start in range(begin, end, STEP):
         number = start + tl.arange(0, STEP)
@@ -85,49 +101,80 @@ def diag_kernel(  # type: ignore[no-untyped-def]
             other=0,
         )
         partial += inputs.to(tl.float32) * weight[None, :, :]
-    write(tl.sum(partial, axis=1), token, row, bias, store, y, tokens, out_features, BIAS, STORE)
+    write(tl.sum(partial, axis=1), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
 
 
-@triton_op("padst::triton_diag", mutates_args=())
-def diag_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    spans: Tensor,
-    perm_in: Tensor | None,
-    store: Tensor | None,
-    out_features: int,
-) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[K, min(out, in)]`, spans from `spans_of`."""
-    y, in_features = empty_output(x, out_features), x.shape[-1]
-    tokens = x.numel() // in_features
-    if tokens == 0:
-        return y
-    cut = config(tokens)
-    grid = (triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)
-    x = x.contiguous()
-    wrap_triton(diag_kernel)[grid](
-        x=x, values=values, offsets=offsets, spans=spans, y=y,
-        tokens=tokens, out_features=out_features, in_features=in_features, diagonals=offsets.shape[0],
-        TALL=out_features >= in_features, **epilogue(bias, perm_in, store, x), **cut.keywords(),
-    )  # fmt: skip
-    return y
+@triton.jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    x, dy, offsets, found, tokens, long_features, short_features, diagonals,
+    TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`STEP` diagonals by `ROWS` entries; x is the activation of the shorter side, dy that of the longer."""
+    parts = tl.cdiv(short_features, ROWS)
+    entry = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    number = tl.program_id(0) // parts * STEP + tl.arange(0, STEP)
+    inside = entry < short_features
+    live = (number < diagonals)[:, None] & inside[None, :]
+    far = entry[None, :] + tl.load(offsets + number, mask=number < diagonals, other=0)[:, None]
+    far = tl.where(far >= long_features, far - long_features, far)
+    total = tl.zeros((STEP, ROWS), dtype=tl.float32)
+    for start in range(0, tokens, TILE):
+        token = start + tl.arange(0, TILE).to(tl.int64)
+        here = token < tokens
+        near = tl.load(
+            x + token[:, None] * short_features + entry[None, :], mask=here[:, None] & inside[None, :], other=0
+        )
+        across = tl.load(
+            dy + token[:, None, None] * long_features + far[None, :, :],
+            mask=here[:, None, None] & live[None, :, :],
+            other=0,
+        )
+        total += tl.sum(near.to(tl.float32)[:, None, :] * across.to(tl.float32), axis=0)
+    tl.store(found + number.to(tl.int64)[:, None] * short_features + entry[None, :], total, mask=live)
 
 
-@diag_linear.register_fake
-def _(
-    x: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    offsets: Tensor,
-    spans: Tensor,
-    perm_in: Tensor | None,
-    store: Tensor | None,
-    out_features: int,
-) -> Tensor:
-    del bias, values, offsets, spans, perm_in, store
-    return empty_output(x, out_features)
+class _Diag:
+    """`index` is offsets and spans, the one parameter the length of the runs that offsets come in."""
+
+    NAME = "diag"
+
+    @staticmethod
+    def reads(values: Tensor) -> int:
+        return values.numel()
+
+    @staticmethod
+    def launch(
+        x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
+        store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
+    ) -> None:  # fmt: skip
+        in_features, out_features = x.shape[-1], y.shape[-1]
+        tokens, size = x.numel() // in_features, bands.side(parameters[0], x.dtype)
+        tall = in_features < out_features if transposed else in_features <= out_features
+        if size and tokens > FEW:
+            bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
+            return
+        cut = tuning.tuned("diag", space(tokens), tokens, x, values, out_features)
+        wrap_triton(diag_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
+            x=x, values=values, offsets=index[0], spans=index[1], y=y,
+            tokens=tokens, out_features=out_features, in_features=in_features, diagonals=len(index[0]), TALL=tall,
+            **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
+        )  # fmt: skip
+
+    @staticmethod
+    def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
+        in_features, out_features = x.shape[-1], dy.shape[-1]
+        size, tall = bands.side(parameters[0], x.dtype), in_features <= out_features
+        if size:
+            return bands.launch_gradient(x, dy, values, index[0], size, tall)
+        near, far = (x, dy) if tall else (dy, x)
+        cut = tuning.tuned("diag gradient", gradient_space(), x.numel() // in_features, x, values, out_features)
+        found = torch.empty_like(values, dtype=torch.float32)
+        grid = (triton.cdiv(near.shape[-1], cut.ROWS) * triton.cdiv(len(index[0]), cut.STEP),)
+        wrap_triton(gradient_kernel)[grid](
+            x=near, dy=far, offsets=index[0], found=found, tokens=x.numel() // in_features,
+            long_features=far.shape[-1], short_features=near.shape[-1], diagonals=len(index[0]), **cut.keywords(),
+        )  # fmt: skip
+        return found
 
 
-differentiable(diag_linear)
+diag_linear, diag_gradient = define(_Diag)

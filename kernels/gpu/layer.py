@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,42 +11,56 @@ from torch import Tensor
 
 from ..layout import Layout
 from . import rules
-from .block import block_linear
-from .diag import diag_linear, spans_of
-from .nm import nm_linear
+from .block import block_gradient, block_linear, transposed_index
+from .common import ACTIVATIONS
+from .diag import diag_gradient, diag_linear, spans_of
+from .nm import nm_gradient, nm_linear
+from .permute import inverse
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an operator is given beside x, the bias and the permutations."""
+
+    values: Tensor
+    index: list[Tensor]
+    parameters: list[int]
+
+
+OPERATORS = {
+    "block": (block_linear, block_gradient),
+    "diag": (diag_linear, diag_gradient),
+    "nm": (nm_linear, nm_gradient),
+}
+"""The product and the gradient of the values, by structure."""
 
 
 class TritonKernel:
     """y = (S x[..., perm_in])[..., perm_out] + b; math in float32, x and y float32, bfloat16 or float16.
 
     Runs from the packed tensors as they are; beside them it holds the inverse of the output permutation and, for
-    diagonals, two numbers for every 64 outputs. Gradients reach x and the bias.
+    diagonals, two numbers for every 64 of the longer side, for blocks, two for each and one for a block column.
+    Gradients reach x and the bias.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.name = rules.kernel_name(layout.structure)
-        packed = {key: tensor.detach().contiguous() for key, tensor in layout.tensors.items()}
         perm_in = None if layout.perm_in is None else layout.perm_in.to(torch.int32).contiguous()
-        store = None if layout.perm_out is None else _inverse(layout.perm_out)
-        self._made = [] if store is None else [store]
-        self._operator: Any
-        tensors: tuple[Tensor, ...]
-        rest: tuple[int, ...] = ()
-        if layout.structure == "block":
-            self._operator = block_linear
-            tensors = (packed["values"], packed["row_offsets"], packed["col_indices"])
-        elif layout.structure == "diag":
-            self._operator = diag_linear
-            self._made.append(spans_of(packed["offsets"], layout.out_features, layout.in_features))
-            tensors = (packed["values"], packed["offsets"], self._made[-1])
-        else:
-            self._operator, rest = nm_linear, (int(layout.parameters["m"]),)
-            tensors = (packed["values"], packed["indices"])
-        self._packed = (*tensors, perm_in, store, layout.out_features, *rest)
+        store = None if layout.perm_out is None else inverse(layout.perm_out)
+        operands, made = operands_of(
+            layout.structure, layout.parameters, layout.out_features, layout.in_features, layout.tensors
+        )
+        self._made = made if store is None else [*made, store]
+        self._operator: Any = OPERATORS[layout.structure][0]
+        self._packed = (
+            operands.values, operands.index, perm_in, store, layout.out_features, operands.parameters, False
+        )  # fmt: skip
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of x."""
-        result: Tensor = self._operator(x, None if bias is None else bias.to(x.dtype), *self._packed)
+    def __call__(self, x: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of x; `activation` is one of common.ACTIVATIONS."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}, choose one of {ACTIVATIONS}")
+        result: Tensor = self._operator(x, None if bias is None else bias.to(x.dtype), *self._packed, activation)
         return result
 
     def prepare(self, dtype: torch.dtype) -> None:
@@ -55,8 +71,17 @@ class TritonKernel:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._made)
 
 
-def _inverse(permutation: Tensor) -> Tensor:
-    """int32 `[n]`, contiguous: inverse[permutation[i]] = i."""
-    inverse = torch.empty_like(permutation, dtype=torch.int32)
-    inverse[permutation.long()] = torch.arange(len(permutation), dtype=torch.int32, device=permutation.device)
-    return inverse
+def operands_of(
+    structure: str, parameters: Mapping[str, Any], out_features: int, in_features: int, tensors: Mapping[str, Tensor]
+) -> tuple[Operands, list[Tensor]]:
+    """What the operator of a layer packed into `tensors` is given, and which of it was made beside them."""
+    packed = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    if structure == "block":
+        offsets, columns, size = packed["row_offsets"], packed["col_indices"], packed["values"].shape[-1]
+        made = transposed_index(offsets, columns, -(-in_features // size))
+        return Operands(packed["values"], [offsets, columns, *made], [size]), made
+    if structure == "diag":
+        made = [spans_of(packed["offsets"], out_features, in_features)]
+        band = int(parameters["band"])
+        return Operands(packed["values"], [packed["offsets"], *made], [band]), made
+    return Operands(packed["values"], [packed["indices"]], [int(parameters["m"])]), []

@@ -1,4 +1,4 @@
-"""N:M on CUDA cores, for tokens so few that reading the weight is what costs.
+"""N:M on CUDA cores, for tokens so few that reading the weight is what costs; nm_tiles.py has the rest.
 
 y[t, r] = sum over groups g and slots n: values[r, g, n] x[t, perm_in[g M + index[r, g, n]]]
 
@@ -12,18 +12,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from .common import Config, differentiable, empty_output, epilogue, permuted, write
+from . import nm_tiles, tuning
+from .common import Config, epilogue, permuted, write
+from .operator import define
+
+FEW = 16
+"""Tokens up to which products run on CUDA cores."""
 
 
-def config(tokens: int) -> Config:
-    """How the kernel is cut; untuned defaults."""
+def space(tokens: int) -> tuple[Config, ...]:
+    """How a product may be cut, the default first: rows, values of a row at a time, warps."""
+    tile, cuts = 16, ((4, 64, 4), (2, 128, 4), (4, 128, 8), (8, 32, 4))
     if tokens == 1:
-        return Config(TILE=1, ROWS=8, STEP=128, num_warps=4, num_stages=2)
-    if tokens <= 4:
-        return Config(TILE=4, ROWS=4, STEP=128, num_warps=4, num_stages=2)
-    return Config(TILE=16, ROWS=4, STEP=64, num_warps=4, num_stages=2)
+        tile, cuts = 1, ((8, 128, 4), (4, 256, 4), (16, 128, 8), (4, 128, 2))
+    elif tokens <= 4:
+        tile, cuts = 4, ((4, 128, 4), (8, 64, 4), (2, 256, 4), (4, 64, 2))
+    return tuple(Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts)
 
 
 def index_bits(m: int) -> int:
@@ -31,11 +37,17 @@ def index_bits(m: int) -> int:
     return next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
 
 
+def group_of(values: Tensor, parameters: list[int]) -> dict[str, int]:
+    """N, M and the bits of an index, as kernels take them."""
+    (m,) = parameters
+    return {"N": values.shape[2], "M": m, "BITS": index_bits(m)}
+
+
 @triton.jit
 def nm_kernel(  # type: ignore[no-untyped-def]
     x, values, indices, perm_in, store, bias, y, tokens, out_features, in_features, slots, index_bytes,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr,
+    PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile; programs of one tile of tokens are neighbours, so that its inputs stay in the cache."""
     parts = tl.cdiv(out_features, ROWS)
@@ -59,51 +71,40 @@ def nm_kernel(  # type: ignore[no-untyped-def]
             other=0,
         )
         partial += inputs.to(tl.float32) * weight[None, :, :]
-    write(tl.sum(partial, axis=2), token, row, bias, store, y, tokens, out_features, BIAS, STORE)
+    write(tl.sum(partial, axis=2), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
 
 
-@triton_op("padst::triton_nm", mutates_args=())
-def nm_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    perm_in: Tensor | None,
-    store: Tensor | None,
-    out_features: int,
-    m: int,
-) -> Tensor:
-    """x `[..., in]` -> `[..., out_features]`; values `[out, G, N]`, indices uint8 `[out, bytes]`."""
-    y, in_features = empty_output(x, out_features), x.shape[-1]
-    tokens = x.numel() // in_features
-    if tokens == 0:
-        return y
-    cut = config(tokens)
-    grid = (triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)
-    x = x.contiguous()
-    groups, n = values.shape[1:]
-    wrap_triton(nm_kernel)[grid](
-        x=x, values=values, indices=indices, y=y,
-        tokens=tokens, out_features=out_features, in_features=in_features,
-        slots=groups * n, index_bytes=indices.shape[1],
-        N=n, M=m, BITS=index_bits(m), **epilogue(bias, perm_in, store, x), **cut.keywords(),
-    )  # fmt: skip
-    return y
+class _NM:
+    """`index` is the packed indices, uint8 `[out, bytes]`; values `[out, G, N]`; the one parameter is M."""
+
+    NAME = "nm"
+
+    @staticmethod
+    def reads(values: Tensor) -> int:
+        return values.numel()
+
+    @staticmethod
+    def launch(
+        x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
+        store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
+    ) -> None:  # fmt: skip
+        (indices,), group = index, group_of(values, parameters)
+        in_features, out_features = x.shape[-1], y.shape[-1]
+        tokens = x.numel() // in_features
+        if transposed or tokens > FEW:
+            nm_tiles.launch(x, bias, values, indices, perm_in, store, y, group, transposed, activation)
+            return
+        cut = tuning.tuned("nm", space(tokens), tokens, x, values, out_features)
+        wrap_triton(nm_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
+            x=x, values=values, indices=indices, y=y,
+            tokens=tokens, out_features=out_features, in_features=in_features,
+            slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], **group,
+            **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
+        )  # fmt: skip
+
+    @staticmethod
+    def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
+        return nm_tiles.launch_gradient(x, dy, values, index[0], group_of(values, parameters))
 
 
-@nm_linear.register_fake
-def _(
-    x: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    perm_in: Tensor | None,
-    store: Tensor | None,
-    out_features: int,
-    m: int,
-) -> Tensor:
-    del bias, values, indices, perm_in, store, m
-    return empty_output(x, out_features)
-
-
-differentiable(nm_linear)
+nm_linear, nm_gradient = define(_NM)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from padst_cli.bench.result import FasterDense, LayerRow, Limits
 from padst_cli.bench.roofline import roofline
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import resident_bytes
-from padst_cli.stopwatch import Pair, Progress, Stopwatch
+from padst_cli.stopwatch import Pair, Progress, Stopwatch, Turns
 
 SLOWER = 0.97
 """Speed-ups under this are no measuring error: the layer is slower than dense."""
@@ -29,6 +29,7 @@ class LayerBench:
     def __init__(self, stopwatch: Stopwatch, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self.stopwatch, self.device, self.dtype = stopwatch, device, dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self._local = torch.Generator(device).manual_seed(seed) if device.type == "cuda" else self.generator
 
     def row(
         self, names: list[str], packed: Mapping[str, PackedLinear], tokens: int, limits: Limits, progress: Progress
@@ -70,17 +71,20 @@ class LayerBench:
 
     def _measure(self, layer: PackedLinear, tokens: int) -> tuple[Pair, PackedLinear]:
         """The times, and one of the copies of the layer that were run."""
-        x = torch.randn(tokens, layer.in_features, generator=self.generator).to(self.device, self.dtype)
+        x = self._random(tokens, layer.in_features)
         copies = self._copies(layer, x)
         return self.stopwatch.calls(self._dense_step(layer, x), _sparse_step(copies, x)), copies[0]
 
+    def _random(self, rows: int, columns: int) -> Tensor:
+        made = torch.randn(rows, columns, generator=self._local, device=self._local.device)
+        return made.to(self.device, self.dtype)
+
     def _dense_step(self, layer: PackedLinear, x: Tensor) -> Callable[[], Tensor]:
-        shape = (layer.out_features, layer.in_features)
-        first = (torch.randn(shape, generator=self.generator) / math.sqrt(shape[1])).to(self.device, self.dtype)
+        first = self._random(layer.out_features, layer.in_features) / math.sqrt(layer.in_features)
         bias = None if layer.bias is None else layer.bias.detach()
         copies = self.stopwatch.timing.copies(first.numel() * first.element_size())
-        weights = cycle([first, *(first.clone() for _ in range(copies - 1))])
-        return lambda: F.linear(x, next(weights), bias)
+        weights = (first, *(first.clone() for _ in range(copies - 1)))
+        return Turns([partial(F.linear, x, weight, bias) for weight in weights])
 
     def _copies(self, layer: PackedLinear, x: Tensor) -> list[PackedLinear]:
         # So that what kernels prepare for these runs does not count as resident in the model.
@@ -94,9 +98,8 @@ class LayerBench:
 
 
 def _sparse_step(layers: list[PackedLinear], x: Tensor) -> Callable[[], Tensor]:
-    turns: Iterator[PackedLinear] = cycle(layers)
     # Without the hooks of `nn.Module.__call__`, as the dense side is called without them.
-    return lambda: next(turns).forward(x)
+    return Turns([partial(layer.forward, x) for layer in layers])
 
 
 def faster_dense(rows: Sequence[LayerRow], itemsize: int) -> tuple[FasterDense, ...]:

@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from padst_cli.bench.decode import decode_rate
 from padst_cli.bench.result import ModelRates
 from padst_cli.evaluation.forward import accepted
 from padst_cli.evaluation.text import max_positions
 from padst_cli.runtime.packing import resident_bytes
 from padst_cli.stopwatch import Progress, Rate, Stopwatch
 
-_DECODE_STEPS = 32
-_PROMPT = 16
 _IMAGES = 8
 
 
+@dataclass(frozen=True)
+class Whole:
+    """How whole models are run: so many sequences or images at a time (None: 1 and 8), as they are or compiled."""
+
+    batch: int | None = None
+    compiled: bool = False
+
+    def runner(self, model: Any) -> Callable[..., Any]:
+        """What calls the model."""
+        return torch.compile(model, dynamic=False) if self.compiled else model
+
+
 def model_rates(
-    sparse: Any, dense: Any, task: str, tokens: int, stopwatch: Stopwatch, seed: int, progress: Progress
+    sparse: Any, dense: Any, task: str, tokens: int, stopwatch: Stopwatch, seed: int, progress: Progress, whole: Whole
 ) -> ModelRates:
-    """Prefill, decoding where the task is `causal-lm`, and resident bytes; `tokens` is the length of the prompt."""
+    """Prefill, decoding where the task is `causal-lm`, and resident bytes; `tokens` is the length of a prompt."""
     generator = torch.Generator().manual_seed(seed)
     decode = None
     progress.next("whole model")
-    if sparse.main_input_name == "pixel_values":
-        size = sparse.config.image_size
-        shape = (_IMAGES, sparse.config.num_channels, *((size, size) if isinstance(size, int) else size))
-        inputs = {"pixel_values": torch.randn(shape, generator=generator)}
-        prefill = _forward_rate(sparse, dense, inputs, {}, stopwatch, ("images", _IMAGES, _IMAGES))
-    else:
-        config = sparse.config.get_text_config()
-        tokens = min(tokens, max_positions(sparse) or tokens)
-        ids = torch.randint(config.vocab_size, (1, tokens), generator=generator)
-        causal = task == "causal-lm"
-        options = accepted(sparse, use_cache=True, logits_to_keep=1) if causal else {}
-        unit = ("tokens", tokens, tokens) if causal else ("sequences", tokens, 1)
-        prefill = _forward_rate(sparse, dense, {"input_ids": ids}, options, stopwatch, unit)
-        if causal:
-            progress.next("decoding")
-            decode = _decode_rate(sparse, dense, stopwatch, generator)
+    prefill = prefill_rate(sparse, dense, task, tokens, stopwatch, generator, whole)
+    if task == "causal-lm":
+        progress.next("decoding")
+        decode = decode_rate(sparse, dense, stopwatch, generator, whole.runner)
     return ModelRates(prefill, decode, {"dense": resident_bytes(dense), "sparse": resident_bytes(sparse)})
+
+
+def prefill_rate(
+    sparse: Any, dense: Any, task: str, tokens: int, stopwatch: Stopwatch, generator: torch.Generator, whole: Whole
+) -> Rate:
+    """One pass over images, or over prompts of `tokens` tokens where the model has so many positions."""
+    if sparse.main_input_name == "pixel_values":
+        size, batch = sparse.config.image_size, whole.batch or _IMAGES
+        shape = (batch, sparse.config.num_channels, *((size, size) if isinstance(size, int) else size))
+        inputs = {"pixel_values": torch.randn(shape, generator=generator)}
+        return _forward_rate(sparse, dense, inputs, {}, stopwatch, ("images", batch, batch), whole)
+    config = sparse.config.get_text_config()
+    tokens, batch = min(tokens, max_positions(sparse) or tokens), whole.batch or 1
+    ids = torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+    causal = task == "causal-lm"
+    options = accepted(sparse, use_cache=True, logits_to_keep=1) if causal else {}
+    unit = ("tokens", batch * tokens, batch * tokens) if causal else ("sequences", tokens, batch)
+    return _forward_rate(sparse, dense, {"input_ids": ids}, options, stopwatch, unit, whole)
 
 
 def _forward_rate(
@@ -52,40 +70,14 @@ def _forward_rate(
     options: Mapping[str, Any],
     stopwatch: Stopwatch,
     unit: tuple[str, int, int],
+    whole: Whole,
 ) -> Rate:
     def step(model: Any) -> Callable[[], Any]:
+        run = whole.runner(model)
         moved = {
             key: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()
         }
-        return lambda: model(**moved, **options)
+        return lambda: run(**moved, **options)
 
     name, tokens, done = unit
     return Rate.of(name, tokens, done, stopwatch.calls(step(dense), step(sparse)))
-
-
-def _decode_rate(sparse: Any, dense: Any, stopwatch: Stopwatch, generator: torch.Generator) -> Rate:
-    """Greedy decoding with a key-value cache, one sequence; the prompt's pass is not timed."""
-    limit = max_positions(sparse) or _PROMPT + _DECODE_STEPS
-    prompt = min(_PROMPT, max(1, limit // 2))
-    steps = max(1, min(_DECODE_STEPS, limit - prompt))
-    ids = torch.randint(sparse.config.get_text_config().vocab_size, (1, prompt), generator=generator)
-
-    def decode(model: Any) -> Callable[[], float]:
-        return lambda: _decode_seconds(model, ids.to(model.device), steps, stopwatch)
-
-    for model in (dense, sparse):
-        decode(model)()
-    return Rate.of("tokens", steps, steps, stopwatch.alternate(decode(dense), decode(sparse)))
-
-
-def _decode_seconds(model: Any, ids: Tensor, steps: int, stopwatch: Stopwatch) -> float:
-    options = accepted(model, logits_to_keep=1)
-    state = model(input_ids=ids, use_cache=True, **options)
-
-    def generate() -> None:
-        nonlocal state
-        for _ in range(steps):
-            token = state.logits[:, -1:].argmax(dim=-1)
-            state = model(input_ids=token, past_key_values=state.past_key_values, use_cache=True, **options)
-
-    return stopwatch.once(generate)

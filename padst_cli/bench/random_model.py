@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from padst_cli.plan import LayerPlan, make_plan
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
-from padst_cli.structures import Structure, StructureOptions
+from padst_cli.structures import Structure, StructureOptions, structure_class
 from padst_cli.tying import untie
 
 _EXACT = 1e-9
@@ -42,7 +45,7 @@ def random_sparse(
             f"random weights have no {recipe.permutation.kind} permutation; use --permutation random or none"
         )
     torch.manual_seed(recipe.seed)
-    model = source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
+    model = _dense_model(source, torch.device(device), dtype)
     generator = torch.Generator().manual_seed(recipe.seed)
     plan = make_plan(model, recipe)
     if plan.unties:
@@ -50,8 +53,42 @@ def random_sparse(
     planned = plan.layers
     if recipe.allocation == "uniform" and recipe.nm is None:
         planned = tuple(replace(layer, structure=_at_least(layer.structure, 1 - recipe.sparsity)) for layer in planned)
-    layers = {layer.name: _random_layer(layer, value_dtype, dtype, generator).to(device) for layer in planned}
+    make: Callable[[LayerPlan], PackedLinear]
+    make = partial(_random_layer, value_dtype=value_dtype, dtype=dtype, generator=generator)
+    if torch.device(device).type == "cuda":
+        make = _Alike(make, torch.device(device))
+    layers = {layer.name: make(layer) for layer in planned}
     return install(model, layers, "packed" if all(layer.structure.exportable for layer in plan.layers) else "training")
+
+
+def _dense_model(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
+    if device.type != "cuda":
+        return source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
+    # Made where it is to be: billions of random numbers take the CPU minutes, and twice the memory.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Alike:
+    """Makes one layer of each kind and copies it for the others: on a GPU models are large, and their layers few kinds.
+
+    Every copy has memory of its own, so a model is as fast as one whose supports all differ.
+    """
+
+    def __init__(self, make: Callable[[LayerPlan], PackedLinear], device: torch.device) -> None:
+        self._make, self._device = make, device
+        self._made: dict[Any, PackedLinear] = {}
+
+    def __call__(self, plan: LayerPlan) -> PackedLinear:
+        kind = (plan.structure, tuple(plan.sides), plan.bias, plan.transposed)
+        if kind not in self._made:
+            self._made[kind] = self._make(plan).to(self._device)
+        return copy.deepcopy(self._made[kind])
 
 
 def with_density(structure: Structure, density: float) -> Structure:
@@ -62,6 +99,22 @@ def with_density(structure: Structure, density: float) -> Structure:
         band=parameters.get("band", StructureOptions.band),
     )
     return structure.for_density(structure.out_features, structure.in_features, density, options)
+
+
+def random_linear(
+    structure: str,
+    out_features: int,
+    in_features: int,
+    density: float,
+    options: StructureOptions,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> PackedLinear:
+    """One packed layer of at least that density on random support, its inputs permuted, without a bias."""
+    made = structure_class(structure).for_density(out_features, in_features, density, options)
+    found = made if options.nm else _at_least(made, density)
+    perms = (_moving_permutation(in_features, generator), None)
+    return random_packed(found, None, perms, dtype, dtype, False, generator)
 
 
 def _at_least(structure: Structure, density: float) -> Structure:

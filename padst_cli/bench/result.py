@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from padst_cli.bench.device import DeviceFacts
 from padst_cli.stopwatch import Rate
 
 
@@ -115,7 +116,8 @@ class BenchResult:
     `break_even_density`: token count -> density at which sparse layers take as long as dense ones, None where they do
     at every density tried; the whole field is None where it was not asked for. `scratch_bytes`: of the one dense weight
     that all layers of a thread share where unpacking pays. `faster_dense`: layers that stay packed for the memory's
-    sake. `train` is None where training steps were not asked for.
+    sake. `train` is None where training steps were not asked for. On a GPU: `gpu` are its facts, `compiled` and
+    `cuda_graphs` how both sides were run, `notes` what a reader must know besides.
     """
 
     device: str
@@ -129,11 +131,15 @@ class BenchResult:
     scratch_bytes: int
     faster_dense: tuple[FasterDense, ...]
     train: TrainRates | None = None
+    gpu: DeviceFacts | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values (token counts as text keys)."""
         raw = asdict(self)
-        raw["layers"] = list(raw["layers"])
+        raw["layers"], raw["notes"] = list(raw["layers"]), list(raw["notes"])
         if raw["train"] is not None:
             raw["train"]["layers"] = list(raw["train"]["layers"])
         raw["faster_dense"] = [{**asdict(one), "tokens": list(one.tokens)} for one in self.faster_dense]

@@ -16,20 +16,22 @@ from padst_cli.bench.result import Limits, Roofline
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.stopwatch import Stopwatch
 
-_SIZE = 1024
+_SIZES = {"cpu": 1024, "cuda": 8192}
+_LEAST_BYTES = {"cpu": 0, "cuda": 2 << 30}
 _COLUMNS = 4096
 _RUNS = 5
 
 
 def measure_limits(stopwatch: Stopwatch, device: torch.device, dtype: torch.dtype) -> Limits:
     """Bytes read and multiply-adds done a second at best, with the stopwatch's threads."""
-    rows = max(1, 2 * stopwatch.timing.rotate_bytes // (4 * _COLUMNS))
+    size, least = (of.get(device.type, of["cpu"]) for of in (_SIZES, _LEAST_BYTES))
+    rows = max(1, max(least, 2 * stopwatch.timing.rotate_bytes) // (4 * _COLUMNS))
     memory = torch.ones(rows, _COLUMNS, device=device)
     vector = torch.ones(_COLUMNS, device=device)
-    square = torch.ones(_SIZE, _SIZE, device=device, dtype=dtype)
+    square = torch.ones(size, size, device=device, dtype=dtype)
     reads = min(_best(stopwatch, memory.sum), _best(stopwatch, lambda: memory @ vector))
     products = _best(stopwatch, lambda: square @ square)
-    return Limits(read_bytes_per_s=memory.numel() * 4 / reads, fma_per_s=_SIZE**3 / products)
+    return Limits(read_bytes_per_s=memory.numel() * 4 / reads, fma_per_s=size**3 / products)
 
 
 def roofline(

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from padst_kernels.dispatch import recalibrate, scratch_bytes
+from padst_kernels.dispatch import calibrate_gpu, recalibrate, scratch_bytes
+from padst_kernels.gpu.calibrate import silent
 
 from padst_cli.bench.break_even import DENSITIES, break_even_densities
+from padst_cli.bench.cuda import stopwatch_for
+from padst_cli.bench.device import device_facts
 from padst_cli.bench.layers import LayerBench, faster_dense, groups_of
-from padst_cli.bench.model import model_rates
+from padst_cli.bench.model import Whole, model_rates
 from padst_cli.bench.result import BenchResult, LayerRow, Limits, ModelRates, TrainRates
 from padst_cli.bench.roofline import measure_limits
 from padst_cli.bench.train import train_rates
@@ -34,6 +37,9 @@ def bench(
     break_even: bool = False,
     calibrate: bool = False,
     train: bool = False,
+    batch: int | None = None,
+    compiled: bool = False,
+    cuda_graphs: bool = True,
     seed: int = 0,
     timing: Timing = Timing(),
     on_progress: OnProgress | None = None,
@@ -42,7 +48,9 @@ def bench(
     lives.
 
     `task` is the source's; `threads` None keeps torch's; `calibrate` measures the costs of this machine anew first, by
-    which paths are chosen; `train` adds training steps. Raises `PadstError` for a model without sparse layers.
+    which paths are chosen; `train` adds training steps. `batch` is that of whole models, `compiled` runs these through
+    torch.compile, `cuda_graphs` captures what is timed; the last two count for both sides, and on a GPU alone. Raises
+    `PadstError` for a model without sparse layers.
     """
     if not packed_layers(sparse):
         raise PadstError(
@@ -50,17 +58,30 @@ def bench(
         )
     if not tokens or min(tokens) < 1:
         raise PadstError("token counts must be 1 or more")
+    if compiled and sparse.device.type != "cuda":
+        raise PadstError("compiled models are timed on a GPU alone; leave --compile out, or add --device cuda")
     before = torch.get_num_threads()
     threads = threads or before
     torch.set_num_threads(threads)
     try:
+        stopwatch = stopwatch_for(timing, threads, sparse.device, cuda_graphs)
         if calibrate:
-            recalibrate(threads)
+            _calibrate(sparse, threads, on_progress)
         with evaluating(sparse, dense):
-            run = _Run(sparse, tuple(tokens), threads, timing, seed, on_progress, break_even, train)
+            whole = Whole(batch, compiled)
+            run = _Run(sparse, tuple(tokens), stopwatch, whole, seed, on_progress, break_even, train)
             return run.result(dense, task, layers_only)
     finally:
         torch.set_num_threads(before)
+
+
+def _calibrate(sparse: Any, threads: int, on_progress: OnProgress | None) -> None:
+    """Measure anew what paths are chosen by, on the device where the model is."""
+    if sparse.device.type != "cuda":
+        recalibrate(threads)
+        return
+    layouts = [layer.layout() for layer in packed_layers(sparse).values()]
+    calibrate_gpu(layouts, sparse.dtype, on_measured=on_progress or silent)
 
 
 class _Run:
@@ -70,8 +91,8 @@ class _Run:
         self,
         sparse: Any,
         tokens: tuple[int, ...],
-        threads: int,
-        timing: Timing,
+        stopwatch: Stopwatch,
+        whole: Whole,
         seed: int,
         on_progress: OnProgress | None,
         break_even: bool,
@@ -80,7 +101,7 @@ class _Run:
         self.sparse, self.tokens, self.seed, self.break_even, self.train = sparse, tokens, seed, break_even, train
         self.packed = packed_layers(sparse)
         self.groups = groups_of(self.packed)
-        self.stopwatch = Stopwatch(timing, threads, sparse.device)
+        self.stopwatch, self.whole = stopwatch, whole
         self.bencher = LayerBench(self.stopwatch, sparse.device, sparse.dtype, seed)
         cells = len(self.groups) * len(tokens)
         self.progress = Progress(on_progress, cells * (1 + train + len(DENSITIES) * break_even) + 3 + train)
@@ -107,6 +128,10 @@ class _Run:
             scratch_bytes=scratch_bytes(),
             faster_dense=faster_dense(rows, dtype.itemsize),
             train=self._train_rates(dense, task, layers_only) if self.train else None,
+            gpu=device_facts(sparse.device),
+            compiled=self.whole.compiled,
+            cuda_graphs=getattr(self.stopwatch, "graphs", False),
+            notes=tuple(getattr(self.stopwatch, "notes", ())),
         )
 
     def _row(self, names: list[str], tokens: int, limits: Limits) -> LayerRow:
@@ -115,11 +140,22 @@ class _Run:
     def _rates(self, dense: Any, task: str) -> ModelRates:
         dense = densify(self.sparse) if dense is None else dense
         with evaluating(dense):
-            return model_rates(self.sparse, dense, task, max(self.tokens), self.stopwatch, self.seed, self.progress)
+            tokens = max(self.tokens)
+            return model_rates(self.sparse, dense, task, tokens, self.stopwatch, self.seed, self.progress, self.whole)
 
     def _train_rates(self, dense: Any, task: str, layers_only: bool) -> TrainRates:
         whole = None if layers_only else densify(self.sparse) if dense is None else dense
-        return train_rates(self.sparse, whole, self.groups, self.tokens, task, self.stopwatch, self.seed, self.progress)
+        return train_rates(
+            self.sparse,
+            whole,
+            self.groups,
+            self.tokens,
+            task,
+            self.stopwatch,
+            self.seed,
+            self.progress,
+            self.whole.batch,
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -37,9 +37,11 @@ def train_rates(
     stopwatch: Stopwatch,
     seed: int,
     progress: Progress,
+    batch: int | None = None,
 ) -> TrainRates:
-    """Rows for each group of like layers at each token count; with `dense` also the step of the whole model, with the
-    most tokens. Only a causal LM has a loss that random inputs serve; for other tasks there is no step.
+    """Rows for each group of like layers at each token count; with `dense` also the step of the whole model: the most
+    tokens in sequences of 512, or `batch` sequences of so many. Only a causal LM has a loss that random inputs serve;
+    for other tasks there is no step.
     """
     packed = packed_layers(sparse)
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +54,7 @@ def train_rates(
     step = None
     if dense is not None and task == "causal-lm":
         progress.next("training the whole model")
-        step = _model_step(sparse, dense, max(tokens), stopwatch, generator)
+        step = step_rate(sparse, dense, max(tokens), stopwatch, generator, batch)
     return TrainRates(tuple(rows), step)
 
 
@@ -63,7 +65,7 @@ def _layer_row(
     x = torch.randn(tokens, layer.in_features, generator=generator).to(trained.weight)
     dy = torch.randn(tokens, layer.out_features, generator=generator).to(trained.weight)
     dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(trained.weight)
-    pair = stopwatch.calls(
+    pair = stopwatch.uncaptured(
         _layer_step(lambda u: F.linear(u, dense.weight, dense.bias), dense, x, dy),
         _layer_step(trained, trained, x, dy),
     )
@@ -134,29 +136,51 @@ class _Transposed(nn.Module):
         return result
 
 
-def _model_step(sparse: Any, dense: Any, tokens: int, stopwatch: Stopwatch, generator: torch.Generator) -> Rate:
-    """Loss, backward pass and AdamW step over `tokens` tokens in sequences of at most 512, without a teacher."""
+@torch.enable_grad()
+def step_rate(
+    sparse: Any,
+    dense: Any,
+    tokens: int,
+    stopwatch: Stopwatch,
+    generator: torch.Generator,
+    batch: int | None = None,
+    used: set[str] | None = None,
+) -> Rate:
+    """Loss, backward pass and AdamW step, without a teacher, over `tokens` tokens in sequences of at most 512, or over
+    `batch` sequences of `tokens`; no sequence is longer than the model's positions. On a GPU as fine-tuning there: the
+    weights in float32, products in the model's dtype. What computed the sparse layers is added to `used`.
+    """
     student = copy.deepcopy(dense)
     for name, layer in packed_layers(sparse).items():
         module: nn.Module = trainable(layer)
         student.set_submodule(name, _Transposed(module) if layer.format.transposed else module)  # type: ignore[arg-type]
     config = dense.config.get_text_config()
-    length = min(tokens, _SEQUENCE, getattr(config, "max_position_embeddings", None) or _SEQUENCE)
-    shape = (max(1, tokens // length), length)
+    longest = tokens if batch else min(tokens, _SEQUENCE)
+    length = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+    shape = (batch or max(1, tokens // length), length)
     ids = torch.randint(config.vocab_size, shape, generator=generator).to(dense.device)
-    watch = Stopwatch(replace(stopwatch.timing, repeats=_STEP_REPEATS), stopwatch.threads, stopwatch.device)
+    watch = copy.copy(stopwatch)
+    watch.timing = replace(stopwatch.timing, repeats=_STEP_REPEATS)
     steps = [_optimizer_step(model, {"input_ids": ids, "labels": ids}) for model in (copy.deepcopy(dense), student)]
-    return Rate.of("tokens", ids.numel(), ids.numel(), watch.calls(steps[0], steps[1]))
+    rate = Rate.of("tokens", ids.numel(), ids.numel(), watch.uncaptured(steps[0], steps[1]))
+    if used is not None:
+        used.update(str(module.computed_by) for module in student.modules() if isinstance(module, SparseLinear))
+    return rate
 
 
 def _optimizer_step(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+    device, dtype = model.device.type, model.dtype
     model.train()
+    if device == "cuda":
+        model.float()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
 
     def step() -> None:
-        model(**batch).loss.backward()
+        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype is not torch.float32):
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

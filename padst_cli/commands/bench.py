@@ -32,8 +32,11 @@ def bench(
     block_size: Annotated[int, typer.Option("--block-size", help="With --random-weights: 16, 32 or 64.")] = 16,
     band: Annotated[int, typer.Option("--band", help="With --random-weights: diagonals in runs of this many.")] = 1,
     value_dtype: Annotated[
-        str, typer.Option("--value-dtype", help="With --random-weights: dtype of values.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            "--value-dtype", help="With --random-weights: dtype of values; default: float32, on a GPU --dtype."
+        ),
+    ] = None,
     permutation: Annotated[
         str, typer.Option("--permutation", help="With --random-weights: random or none.")
     ] = "random",
@@ -48,6 +51,16 @@ def bench(
         bool, typer.Option("--calibrate", help="Measure anew what paths are chosen by, and keep it.")
     ] = False,
     train: Annotated[bool, typer.Option("--train", help="Also time training steps: forward and backward.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Sequences or images of a whole-model call; default: 1 or 8."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: both whole models through torch.compile.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU: time both sides in CUDA graphs.")
+    ] = True,
     chart: Annotated[
         Path | None, typer.Option("--chart", help="Write a chart of speed-up over tokens to this .svg file.")
     ] = None,
@@ -85,6 +98,9 @@ def bench(
                 break_even=break_even,
                 calibrate=calibrate,
                 train=train,
+                batch=batch_size,
+                compiled=compiled,
+                cuda_graphs=cuda_graphs,
                 chart=chart,
                 device=common.device.value,
                 dtype=common.dtype,
@@ -110,7 +126,8 @@ _COLUMNS = (
 def _render(console: Console, result: BenchResult) -> None:
     figures = result.to_json()
     rows = [_layer_row(layer) for layer in figures["layers"]]
-    console.table(f"{figures['device']}, {figures['threads']} threads, {figures['dtype']}", _COLUMNS, rows)
+    where = f"{figures['threads']} threads" if result.gpu is None else result.gpu.sentence
+    console.table(f"{figures['device']}, {where}, {figures['dtype']}", _COLUMNS, rows)
     limits = figures["limits"]
     console.message(
         f"of the limit: the share reached of what reading {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (bytes) or "
@@ -119,6 +136,8 @@ def _render(console: Console, result: BenchResult) -> None:
     )
     for one in result.faster_dense:
         console.message(one.sentence)
+    for note in result.notes:
+        console.message(note)
     if figures["break_even_density"] is not None:
         crossings = [
             (tokens, "none tried" if density is None else f"{density:.3f}")

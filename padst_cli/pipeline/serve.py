@@ -71,10 +71,13 @@ def bench(
     threads: int | None = None,
     layers_only: bool = False,
     random_recipe: Recipe | None = None,
-    value_dtype: str = "float32",
+    value_dtype: str | None = None,
     break_even: bool = False,
     calibrate: bool = False,
     train: bool = False,
+    batch: int | None = None,
+    compiled: bool = False,
+    cuda_graphs: bool = True,
     chart: Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -85,25 +88,18 @@ def bench(
     dense.
 
     Dense speed does not depend on the values of the weights, so no dense checkpoint is needed. `value_dtype` counts for
-    random weights; a folder's is its own. `chart` is an .svg file to draw speed-up over tokens in.
+    random weights (default: float32, on a GPU that of the activations); a folder's is its own. `chart` is an .svg file
+    to draw speed-up over tokens in.
     """
     if random_recipe is None:
         loaded = load(model, device=device, dtype=dtype)
         task, sparse = loaded.source.task, loaded.model
     else:
-        if value_dtype not in VALUE_DTYPES:
-            raise PadstError(f"--value-dtype '{value_dtype}' is unknown; choose one of {', '.join(VALUE_DTYPES)}")
         source = open_source(model, weights=False)
-        task, sparse = (
-            source.task,
-            random_sparse(
-                source,
-                random_recipe,
-                value_dtype=VALUE_DTYPES[value_dtype],
-                dtype=resolve_dtype(dtype) or torch.float32,
-                device=resolve_device(device),
-            ),
-        )
+        where, activations = resolve_device(device), resolve_dtype(dtype) or torch.float32
+        values = activations if value_dtype is None and where.type == "cuda" else _value_dtype(value_dtype or "float32")
+        task = source.task
+        sparse = random_sparse(source, random_recipe, value_dtype=values, dtype=activations, device=where)
     on_event(PhaseStarted("bench"))
     result = bench_model(
         sparse,
@@ -114,9 +110,18 @@ def bench(
         break_even=break_even,
         calibrate=calibrate,
         train=train,
+        batch=batch,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
         seed=seed,
         on_progress=lambda done, total, what: on_event(Message(f"{done}/{total} {what}")),
     )
     if chart is not None:
         chart.write_text(speedup_chart(result), encoding="utf-8")
     return result
+
+
+def _value_dtype(name: str) -> torch.dtype:
+    if name not in VALUE_DTYPES:
+        raise PadstError(f"--value-dtype '{name}' is unknown; choose one of {', '.join(VALUE_DTYPES)}")
+    return VALUE_DTYPES[name]

@@ -115,7 +115,7 @@ class PackedLinear(nn.Module):
             kernel = self._native or self._compact(x.dtype)
             if kernel is not None:
                 return kernel(x, self._parameters["bias"], self.dense_weight)
-        result: Tensor = select(self._current_layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
+        result: Tensor = select(self.layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
         return result
 
     @property
@@ -152,7 +152,7 @@ class PackedLinear(nn.Module):
         dtype, here = self.weight.dtype, self.weight.device
         if self._native is not None and device in (None, here):
             return str(self._native.name_at(tokens, dtype))
-        return str(kernel_name(self._current_layout(), device or here, tokens, dtype))
+        return str(kernel_name(self.layout(), device or here, tokens, dtype))
 
     def prepared_bytes(self) -> int:
         """Bytes that its kernels keep beside its tensors (an image in their stead, a dense copy), 0 before the first
@@ -173,7 +173,8 @@ class PackedLinear(nn.Module):
             f"bias={self.format.bias}"
         )
 
-    def _current_layout(self) -> Layout:
+    def layout(self) -> Layout:
+        """What kernels are given of the layer, the same as long as its tensors are unchanged."""
         state = _state_of(self.values)
         if self._layout is not None and self._layout[0] == state:
             return self._layout[1]
@@ -201,7 +202,7 @@ class PackedLinear(nn.Module):
 
         `dtype` is that of the activations.
         """
-        kernel = compact(self._current_layout(), dtype)
+        kernel = compact(self.layout(), dtype)
         self._layout = None
         if kernel is not None:
             self._value_dtype = self.values.dtype
@@ -238,7 +239,7 @@ class PackedLinear(nn.Module):
                 x, self._native.image, self._parameters["bias"], self.out_features
             )
             return result
-        layout = self._layout[1] if self._layout else self._current_layout()
+        layout = self._layout[1] if self._layout else self.layout()
         traced: Tensor = select(layout, x.numel() // self.in_features, x.dtype)(x, self.bias)
         return traced
 
@@ -277,7 +278,7 @@ def _prepare_for_tracing(layer: PackedLinear, dtype: torch.dtype) -> bool:
     # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A graph
     # keeps the values it was traced with until the module is moved, cast or loaded anew.
     if dtype not in COMPACT_DTYPES or (layer._native is None and layer._compact(dtype) is None):
-        prepare(layer._current_layout(), dtype)
+        prepare(layer.layout(), dtype)
     return True
 
 

@@ -6,13 +6,15 @@ index lookup is a matrix product with M. Whatever the weight holds outside the m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
+from padst_kernels.gpu import rules as gpu
 from torch import Tensor, nn
 
 from padst_cli.initialise.start import LayerStart
@@ -24,6 +26,9 @@ from padst_cli.structures.base import Structure
 from padst_cli.training.dynadiag import DiagonalGates
 from padst_cli.training.latent import Latent
 from padst_cli.training.straight_through import HardLookup
+
+if TYPE_CHECKING:
+    from padst_kernels.gpu.training import TritonTraining
 
 DENSE_PRODUCT = "torch-dense-masked"
 """The name of the product that does not skip zeros."""
@@ -133,7 +138,7 @@ class SparseLinear(nn.Module):
     support updates can look outside the mask, and may be dense otherwise: whoever steps it must zero it outside `mask`
     first, except while `latent` is there (`training/projected.py`). Input `[..., in]`, output `[..., out]`.
 
-    The product with S runs on compiled kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
+    The product with S runs on kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
     a dense product with the masked weight. A permutation that is an index is folded into the kernel.
     """
 
@@ -163,8 +168,9 @@ class SparseLinear(nn.Module):
         self.computed_by: str | None = None
         """What computed the last product with S."""
         self._counted = (-1, 0.0)
+        self._packable = (-1, False)
         self._block_size: int | None = structure.parameters().get("block_size")
-        self._kernel: TrainingKernel | None = None
+        self._kernel: TrainingKernel | TritonTraining | None = None
 
     @property
     def density(self) -> float:
@@ -222,15 +228,30 @@ class SparseLinear(nn.Module):
         perm_in, perm_out = (perm if perm is not None and perm.is_soft == soft else None for perm in sides)
         return perm_in, perm_out
 
-    def _kernel_for(self, x: Tensor) -> TrainingKernel | None:
-        """The compiled kernel where it serves and pays, made anew when the support or an index has changed."""
+    def _kernel_for(self, x: Tensor) -> TrainingKernel | TritonTraining | None:
+        """The kernel that serves and pays, if any, made anew when the support or an index has changed."""
         tokens = x.shape[:-1].numel()
-        if self.gates is not None or not serves(x, self.weight) or not pays(self.density, tokens, self._block_size):
-            return None
         perms = tuple(perm.index if perm is not None else None for perm in (self.perm_in, self.perm_out))
+        if self.gates is not None:
+            return None
+        make: Callable[..., TrainingKernel | TritonTraining]
+        if serves(x, self.weight) and pays(self.density, tokens, self._block_size):
+            make = partial(TrainingKernel, block_size=self._block_size)
+        elif gpu.trains(x, self.weight) and self._pays_on_gpu():
+            make = partial(_on_gpu, self.structure)
+        else:
+            return None
         if self._kernel is None or not self._kernel.fits(self.mask, *perms):
-            self._kernel = TrainingKernel(self.mask, *perms, self._block_size)
+            self._kernel = make(self.mask, *perms)
         return self._kernel
+
+    def _pays_on_gpu(self) -> bool:
+        """Whether Triton kernels pay; they take the support as the structure packs it, not a wider one."""
+        if not gpu.training_pays(self.structure.name, self.structure.parameters(), self.structure.density):
+            return False
+        if self._packable[0] != self.mask._version:
+            self._packable = (self.mask._version, self.structure.is_feasible(self.structure.units_of(self.mask)))
+        return self._packable[1]
 
     def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same through the masked weight, zeros and all; permutations that are soft are the caller's."""
@@ -256,6 +277,15 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         """The shape and the structure, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, structure={self.structure.name}"
+
+
+def _on_gpu(structure: Structure, mask: Tensor, perm_in: Tensor | None, perm_out: Tensor | None) -> TritonTraining:
+    """The Triton kernels of a support, which is packed as 1 + the places in the flat weight."""
+    from padst_kernels.gpu.training import TritonTraining  # imports triton, which a machine without a GPU may lack
+
+    numbers = torch.arange(1, mask.numel() + 1, device=mask.device).view(mask.shape)
+    places = structure.pack(torch.where(mask, numbers, 0), mask)
+    return TritonTraining(structure.name, structure.parameters(), mask, places, perm_in, perm_out)
 
 
 @dataclass(frozen=True)

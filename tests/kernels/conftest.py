@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from padst_kernels.cpu import library, native
 from padst_kernels.dispatch import Layout
 from torch import Tensor
 
-from padst_cli.permutation.apply import from_structure, random_permutation
+from padst_cli.permutation.apply import from_structure, random_permutation, to_structure
 from padst_cli.structures import StructureOptions, structure_class
 
 # `make sanitize` runs these tests on a build of its own, with images in memory that ends where they end.
@@ -25,6 +26,7 @@ if "PADST_TEST_LIBRARY" in os.environ:
 class Case:
     layout: Layout
     weight: Tensor  # W [out, in], the oracle's matrix
+    values_of: Callable[[Tensor], Tensor]  # the packed values of another such matrix, outside the support whatever
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +51,11 @@ def make_case():
             perm_out=perm_out,
             materialise=lambda: dense,
         )
-        return Case(layout, dense)
+
+        def values_of(other: Tensor) -> Tensor:
+            return spec.pack(to_structure(other, perm_in, perm_out).where(mask, 0), mask)["values"]
+
+        return Case(layout, dense, values_of)
 
     return make
 

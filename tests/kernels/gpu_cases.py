@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from padst_kernels.gpu.layer import TritonKernel
+from padst_kernels.gpu.layer import OPERATORS, TritonKernel
 from torch.nn import functional
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -12,7 +12,9 @@ TOKENS = (1, 3, 16, 17, 65)
 SIDES = ("", "i", "o", "io")
 FAMILIES = {
     "diag": ("diag", {}),
-    "band": ("diag", {"band": 16}),
+    "band 16": ("diag", {"band": 16}),
+    "band 32": ("diag", {"band": 32}),
+    "band 64": ("diag", {"band": 64}),
     "1:2": ("nm", {"nm": (1, 2)}),
     "2:4": ("nm", {"nm": (2, 4)}),
     "1:10": ("nm", {"nm": (1, 10)}),
@@ -21,6 +23,13 @@ FAMILIES = {
     "block 16": ("block", {"block_size": 16}),
     "block 32": ("block", {"block_size": 32, "block_rows": "free"}),
     "block 64": ("block", {"block_size": 64}),
+}
+
+REFERENCE = {
+    "": lambda z: z,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
 }
 
 
@@ -55,12 +64,20 @@ def check_forward(make_case, family, shape, device, tokens=TOKENS, turn=0):
         close(kernel(x, bias), case.weight.to(device), x, bias)
 
 
-def check_gradients(make_case, family, shape, device):
-    """Gradients of x and the bias, float32."""
+def check_gradients(make_case, family, shape, device, tokens=(2, 3), activation="", sides="io"):
+    """Gradients of x, the bias and the packed values, float32, against those of the dense formula."""
     structure, options = FAMILIES[family]
-    case = make_case(structure, *shape, 0.3, "io", **options)
-    x = torch.randn(2, 3, shape[1], device=device, requires_grad=True)
-    bias, dy = torch.randn(shape[0], device=device, requires_grad=True), torch.randn(2, 3, shape[0], device=device)
-    (TritonKernel(on(case, device))(x, bias) * dy).sum().backward()
-    torch.testing.assert_close(x.grad, dy @ case.weight.to(device), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(bias.grad, dy.sum(dim=(0, 1)), rtol=1e-4, atol=1e-4)
+    case = make_case(structure, *shape, 0.3, sides, **options)
+    operator, (values, *packed) = OPERATORS[structure][0], TritonKernel(on(case, device))._packed
+    leaves = [
+        torch.randn(*tokens, shape[1], device=device),
+        torch.randn(shape[0], device=device),
+        values,
+        case.weight.to(device).clone(),
+    ]
+    x, bias, values, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+    dy = torch.randn(*tokens, shape[0], device=device)
+    found = torch.autograd.grad(operator(x, bias, values, *packed, activation), (x, bias, values), dy)
+    expected = torch.autograd.grad(REFERENCE[activation](functional.linear(x, weight, bias)), (x, bias, weight), dy)
+    for one, other in zip(found, (*expected[:2], case.values_of(expected[2].cpu()).to(device)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-5 * float(other.abs().max()))

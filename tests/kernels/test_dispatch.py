@@ -96,9 +96,23 @@ def test_names_on_a_gpu(make_case, monkeypatch, dtype):
     for structure in ("diag", "nm", "block"):
         layout = make_case(structure, 64, 64, 0.2).layout
         assert {name(layout, tokens, CUDA, dtype) for tokens in few} == {f"cuda-triton-{structure}"}
-        on_many = f"cuda-triton-{structure}" if structure == "block" else "torch-dense"
+        on_many = "torch-dense" if structure == "diag" else f"cuda-triton-{structure}"
         assert {name(layout, tokens, CUDA, dtype) for tokens in more} == {on_many}
+    assert name(make_case("diag", 64, 64, 0.5, band=16).layout, 1 << 20, CUDA, dtype) == "cuda-triton-diag"
     assert name(make_case("unstructured", 64, 64, 0.2).layout, 1, CUDA, dtype) == "torch-dense"
+
+
+def test_training_pays_on_a_gpu_where_an_activation_is_used_often():
+    for structure, parameters, limit in (
+        ("block", {"block_size": 64}, 64 / rules.READ_COST),
+        ("block", {"block_size": 16}, 16 / rules.READ_COST),
+        ("diag", {"band": 64}, 32 / rules.READ_COST),
+        ("diag", {"band": 48}, 8 / rules.READ_COST),
+    ):
+        assert rules.training_pays(structure, parameters, 0.99 * limit)
+        assert not rules.training_pays(structure, parameters, 1.01 * limit)
+    for structure, parameters in (("diag", {"band": 1}), ("nm", {"n": 1, "m": 10}), ("unstructured", {})):
+        assert not rules.training_pays(structure, parameters, 0.01)
 
 
 def test_names_on_a_gpu_that_triton_does_not_serve(make_case, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from padst_kernels.dispatch import select
@@ -10,6 +12,12 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from padst_kernels.gpu import operator
+from padst_kernels.gpu.layer import OPERATORS, TritonKernel
+
+from padst_cli.permutation.apply import random_permutation
+from padst_cli.structures import StructureOptions, structure_class
+from padst_cli.training.sparse_linear import Permutation, SparseLinear
 from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
 from tests.runtime.test_packed_linear import make
 
@@ -20,7 +28,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 SHAPES = [(64, 64), (100, 70), (96, 129), (70, 300), (300, 70), (768, 768), (3072, 768), (768, 3072)]
-ONE_EACH = ("diag", "band", "3:15", "block 16", "block 32", "block 64")
+ONE_EACH = ("diag", "band 16", "band 64", "3:15", "block 16", "block 32", "block 64")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -33,8 +41,12 @@ def test_forward_equals_float64(make_case, family, shape):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_the_dense_ones(make_case, family):
-    check_gradients(make_case, family, (100, 70), CUDA)
+def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family):
+    for shape in ((100, 70), (70, 100), (96, 96), (256, 768)):
+        for tokens, activation in (((2, 3), ""), ((5, 100), "gelu"), ((2100,), "silu")):
+            check_gradients(make_case, family, shape, CUDA, tokens, activation)
+    monkeypatch.setattr(operator, "WORTH", 0)
+    check_gradients(make_case, family, (96, 129), CUDA, (200,), "gelu_tanh")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +94,32 @@ def test_compiled_and_in_a_cuda_graph(structure):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["block 64", "diag", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"block_size": 32}, {"band": 32}], ids=str)
+def test_a_step_of_training_takes_the_kernels(options, dtype):
+    structure = structure_class("block" if "block_size" in options else "diag")
+    structure = structure.for_density(256, 192, 0.1, StructureOptions(**options))
+    dense = torch.randn(256, 192)
+    mask = structure.project(dense.square())
+    perm = Permutation(random_permutation(192, torch.Generator().manual_seed(0)), mixing=None)
+    layer = SparseLinear(structure, torch.where(mask, dense, 0.0), mask, torch.randn(256), perm).to(CUDA)
+    double = copy.deepcopy(layer).double()
+    layer.dense_gradient = False
+    x = torch.randn(4, 700, 192, device=CUDA)
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        found = layer(x)
+    expected = double(x.double())
+    assert (found.dtype, layer.computed_by) == (dtype, f"cuda-triton-{structure.name}")
+    dy = torch.randn_like(found)
+    found.backward(dy)
+    expected.backward(dy.double())
+    wanted = torch.where(layer.mask, double.weight.grad, 0.0)
+    for one, other in ((found, expected), (layer.weight.grad, wanted), (layer.bias.grad, double.bias.grad)):
+        slack = (3e-2 if dtype is torch.bfloat16 else 1e-4) * float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("family", ["block 64", "diag", "band 64", "2:4"])
 def test_more_than_two_to_the_31_elements(make_case, family):
     if torch.cuda.get_device_properties(CUDA).total_memory < 24 << 30:
         pytest.skip("needs 24 GB")
@@ -94,3 +131,9 @@ def test_more_than_two_to_the_31_elements(make_case, family):
     y = select(kernel, 1, torch.bfloat16)(x, None)
     close(y[-3:], case.weight.to(CUDA), x[-3:], None)
     assert not y[:64].any()
+    gradient, (values, index, perm_in, store, _, parameters, *_) = OPERATORS[structure][1], TritonKernel(kernel)._packed
+    dy = torch.zeros_like(y)
+    dy[-3:] = torch.randn(3, 256, device=CUDA).to(torch.bfloat16)
+    found = gradient(x, dy, values, index, perm_in, store, parameters)
+    few = gradient(x[-3:], dy[-3:], values, index, perm_in, store, parameters)
+    torch.testing.assert_close(found, few, rtol=1e-2, atol=1e-2)

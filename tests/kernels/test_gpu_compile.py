@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from padst_kernels.gpu import block, diag, nm  # noqa: E402
+from padst_kernels.gpu import bands, block, diag, nm, nm_tiles, permute, rules  # noqa: E402
 from padst_kernels.gpu.common import Config  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
@@ -30,29 +31,79 @@ TOKENS = (1, 2, 16, 64, 4096)
 Launch = tuple[Any, dict[str, str], dict[str, Any], Any]
 
 
-def block_launches(dtype: torch.dtype, backend: str) -> Iterator[Launch]:
-    pointers = {"x": DTYPES[dtype], "values": DTYPES[dtype], "row_offsets": "i32", "col_indices": "i32"}
-    for size in (16, 32, 64):
-        for cut in dict.fromkeys(block.config(tokens, size, dtype) for tokens in TOKENS):
-            for precision in ("ieee", "tf32") if dtype is torch.float32 and backend == "cuda" else ("ieee",):
-                yield block.block_kernel, pointers, {"SIZE": size, "PRECISION": precision}, cut
+def precisions(dtype: torch.dtype, backend: str) -> tuple[str, ...]:
+    return ("ieee", "tf32") if dtype is torch.float32 and backend == "cuda" else ("ieee",)
 
 
-def diag_launches(dtype: torch.dtype, _: str) -> Iterator[Launch]:
-    pointers = {"x": DTYPES[dtype], "values": DTYPES[dtype], "offsets": "i32", "spans": "i32"}
-    for cut in dict.fromkeys(diag.config(tokens) for tokens in TOKENS):
-        for tall in (True, False):
-            yield diag.diag_kernel, pointers, {"TALL": tall}, cut
+def cuts(space: Callable[..., tuple[Config, ...]], *rest: Any, whole: bool) -> list[Config]:
+    """What a space offers for all counts of tokens, or only its defaults."""
+    return list(dict.fromkeys(cut for tokens in TOKENS for cut in space(tokens, *rest)[: None if whole else 1]))
 
 
-def nm_launches(dtype: torch.dtype, _: str) -> Iterator[Launch]:
-    pointers = {"x": DTYPES[dtype], "values": DTYPES[dtype], "indices": "u8"}
-    for cut in dict.fromkeys(nm.config(tokens) for tokens in TOKENS):
-        for n, m in ((2, 4), (3, 15), (1, 20)):
-            yield nm.nm_kernel, pointers, {"N": n, "M": m, "BITS": nm.index_bits(m)}, cut
+def block_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+    lists = {"row_offsets": "i32", "col_indices": "i32", "order": "i32"}
+    for size, precision, transposed in product((16, 32, 64), precisions(dtype, backend), (False, True)):
+        constants = {"SIZE": size, "PRECISION": precision, "TRANSPOSED": transposed}
+        for cut in cuts(block.space, size, dtype, whole=whole):
+            few = cut.TILE <= block.FEW and cut.ROWS == 16 and cut.num_stages == 2
+            kernel, more = (block.few_kernel, {"SPLIT": cut.SPLIT}) if few else (block.block_kernel, {})
+            yield kernel, {"x": "?", "values": "?", **lists}, {**constants, **more}, cut
+        if not transposed:
+            pointers = {"x": "?", "dy": "?", "found": "fp32", "row_indices": "i32", **lists}
+            for cut in cuts(block.gradient_space, 50, dtype, whole=whole):
+                yield block.gradient_kernel, pointers, {"SIZE": size, "PRECISION": precision}, cut
 
 
-LAUNCHES = {"block": block_launches, "diag": diag_launches, "nm": nm_launches}
+def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
+    del dtype
+    for cut, tall in product(cuts(diag.space, whole=whole), (True, False)):
+        yield diag.diag_kernel, {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"}, {"TALL": tall}, cut
+    for cut in diag.gradient_space()[: None if whole else 1]:
+        yield diag.gradient_kernel, {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}, {}, cut
+
+
+def band_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+    for size, tall in product(sorted({bands.side(side, dtype) for side in rules.BAND_SIDES}), (True, False)):
+        pointers = {"values": "?", "offsets": "i32", "tiles": "?"}
+        yield bands.tile_kernel, pointers, {"TALL": tall, "SIZE": size}, Config(num_warps=4, num_stages=2)
+        for precision in precisions(dtype, backend):
+            constants = {"TALL": tall, "EVEN": True, "PRECISION": precision}
+            pointers = {"x": "?", "tiles": "?", "offsets": "i32", "spans": "i32"}
+            for cut in cuts(bands.space, size, dtype, whole=whole):
+                yield bands.band_kernel, pointers, {**constants, "SPAN": bands.ROWS_OF_SPAN}, cut
+            pointers = {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}
+            for cut in cuts(bands.gradient_space, 50, size, dtype, whole=whole):
+                yield bands.gradient_kernel, pointers, constants, cut
+
+
+def nm_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+    for n, m in ((2, 4), (3, 15), (1, 20)):
+        group = {"N": n, "M": m, "BITS": nm.index_bits(m)}
+        for cut in cuts(nm.space, whole=whole):
+            yield nm.nm_kernel, {"x": "?", "values": "?", "indices": "u8"}, group, cut
+        for precision, transposed in product(precisions(dtype, backend), (False, True)):
+            for cut in cuts(nm_tiles.space, dtype, whole=whole):
+                constants = {**group, "PRECISION": precision, "TRANSPOSED": transposed}
+                yield nm_tiles.tile_kernel, {"x": "?", "values": "?", "indices": "u8"}, constants, cut
+            pointers = {"x": "?", "dy": "?", "indices": "u8", "found": "fp32"}
+            for cut in cuts(nm_tiles.gradient_space, 50, dtype, whole=whole) if not transposed else ():
+                yield nm_tiles.gradient_kernel, pointers, {**group, "PRECISION": precision}, cut
+
+
+def permute_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
+    del dtype
+    for width in (1024, 4096, permute.WIDEST) if whole else (permute.WIDEST,):
+        cut = Config(num_warps=4 if width <= 4096 else 8, num_stages=2)
+        yield permute.permute_kernel, {"x": "?", "index": "i32", "y": "?"}, {"WIDTH": width, "REPEAT": 4}, cut
+
+
+LAUNCHES = {
+    "block": block_launches,
+    "diag": diag_launches,
+    "band": band_launches,
+    "nm": nm_launches,
+    "permute": permute_launches,
+}
 
 
 def compiled(launch: Launch, dtype: torch.dtype, plain: bool, target: GPUTarget) -> Any:
@@ -61,15 +112,17 @@ def compiled(launch: Launch, dtype: torch.dtype, plain: bool, target: GPUTarget)
     Plain is a layer without permutations and bias whose sizes are multiples of 16, else it has all and any sizes.
     """
     kernel, pointers, constants, cut = launch
-    pointers = {**pointers, "perm_in": "i32", "store": "i32", "bias": DTYPES[dtype], "y": DTYPES[dtype]}
+    pointers = {"perm_in": "i32", "store": "i32", "bias": "?", "y": "?", **pointers}
+    pointers = {name: DTYPES[dtype] if kind == "?" else kind for name, kind in pointers.items()}
     keywords = cut.keywords()
     options = {key: keywords.pop(key) for key in ("num_warps", "num_stages")}
-    constants = {**constants, **keywords, **dict.fromkeys(SWITCHES, not plain)}
+    switches = {**dict.fromkeys(SWITCHES, not plain), "ACTIVATION": "" if plain else "gelu"}
+    constants = {**constants, **keywords, **{key: on for key, on in switches.items() if key in kernel.arg_names}}
     signature = {
         name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
         for name in kernel.arg_names
     }
-    even = {*pointers, *(("out_features", "in_features", "slots") if plain else ())}
+    even = {*pointers, *(("out_features", "in_features", "width") if plain else ())}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in even}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options)
@@ -95,10 +148,16 @@ def spilled(binary: Any, target: GPUTarget, folder: Any) -> int:
 
 
 def check(
-    structure: str, dtype: torch.dtype, target_name: str, folder: Any, most: int | None = None, plain: bool = False
+    structure: str,
+    dtype: torch.dtype,
+    target_name: str,
+    folder: Any,
+    most: int | None = None,
+    plain: bool = False,
+    whole: bool = False,
 ) -> None:
     target, shared = TARGETS[target_name]
-    launches = list(LAUNCHES[structure](dtype, target.backend))
+    launches = list(LAUNCHES[structure](dtype, target.backend, whole))
     assert launches
     for launch in launches[:most]:
         binary = compiled(launch, dtype, plain, target)
@@ -121,10 +180,17 @@ def test_every_default_compiles(structure, dtype, target, plain, tmp_path):
     check(structure, dtype, target, tmp_path, plain=plain)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("structure", LAUNCHES)
+def test_the_whole_space_compiles(structure, target, tmp_path):
+    check(structure, torch.bfloat16, target, tmp_path, whole=True)
+
+
 def test_spills_are_seen(tmp_path):
     """The check itself: a tile far too large for one warp spills."""
     target, _ = TARGETS["cuda:90"]
-    pointers = {"x": "bf16", "values": "bf16", "row_offsets": "i32", "col_indices": "i32"}
+    pointers = {"x": "?", "values": "?", "row_offsets": "i32", "col_indices": "i32", "order": "i32"}
     cut = Config(TILE=64, ROWS=64, STEP=64, num_warps=1, num_stages=1)
-    launch = block.block_kernel, pointers, {"SIZE": 64, "PRECISION": "ieee"}, cut
+    launch = block.block_kernel, pointers, {"SIZE": 64, "PRECISION": "ieee", "TRANSPOSED": False}, cut
     assert spilled(compiled(launch, torch.bfloat16, False, target), target, tmp_path) > 0

@@ -6,6 +6,7 @@ test starts.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -25,10 +26,10 @@ SHAPES = {
 }
 
 if INTERPRETED:
-    from padst_kernels.gpu import block, common, diag, layer, nm, rules
+    from padst_kernels.gpu import layer, operator, permute, rules
     from triton.runtime import interpreter
 
-    from tests.kernels.gpu_cases import FAMILIES, TOKENS, check_forward, check_gradients, close, on
+    from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
 
     CASES = [
         pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
@@ -41,13 +42,20 @@ if INTERPRETED:
         for family, (structure, _) in FAMILIES.items()
     ]
 
+    def poisoned(make):
+        """What `make` returns, NaN all over where it can be: an entry that no kernel writes is seen."""
+
+        def made(*args, **options):
+            tensor = make(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
     @pytest.fixture(autouse=True)
     def _poisoned_outputs(monkeypatch):
-        def poisoned(x, out_features):
-            return common.empty_output(x, out_features).fill_(float("nan"))
-
-        for module in (block, diag, nm):
-            monkeypatch.setattr(module, "empty_output", poisoned)
+        monkeypatch.setattr(operator, "empty_output", poisoned(operator.empty_output))
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
     @pytest.fixture(autouse=True)
     def _products_of_bfloat16(monkeypatch):
@@ -66,8 +74,43 @@ if INTERPRETED:
         check_forward(make_case, family, shape, CPU, tokens, turn)
 
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
-    def test_gradients_equal_the_dense_ones(make_case, family, shape):
+    def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family, shape):
         check_gradients(make_case, family, shape, CPU)
+        monkeypatch.setattr(operator, "WORTH", 0)
+        check_gradients(make_case, family, shape if FAMILIES[family][0] == "nm" else shape[::-1], CPU, (19,))
+
+    @pytest.mark.parametrize("family", ["diag", "band 16", pytest.param("band 32", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("shape", [(48, 48), (49, 47), (47, 49), (33, 90)], ids=str)
+    def test_gradients_of_diagonals_that_wrap_around(make_case, family, shape):
+        check_gradients(make_case, family, shape, CPU, (17,), sides="")
+
+    def test_gradients_of_parts_are_added_up(make_case):
+        for family, shape in (("block 16", (48, 33)), ("band 16", (33, 48)), ("2:4", (48, 33))):
+            check_gradients(make_case, family, shape, CPU, (515,))
+
+    @pytest.mark.parametrize(("tokens", "activation"), [(1, "gelu"), (7, "gelu_tanh"), (17, "silu")])
+    @pytest.mark.parametrize("family", ["diag", "band 16", "3:15", "block 16"])
+    def test_an_activation_in_the_epilogue(make_case, family, tokens, activation):
+        check_gradients(make_case, family, (40, 50), CPU, (tokens,), activation)
+
+    def test_permutations_in_passes_of_their_own(make_case, monkeypatch):
+        for number, (family, shape) in enumerate(ONE_EACH):
+            dtype, (structure, options) = DTYPES[number % 3], FAMILIES[family]
+            case = make_case(structure, *shape, 0.3, "io", dtype, **options)
+            x, bias = torch.randn(19, shape[1]).to(dtype), torch.randn(shape[0])
+            within = layer.TritonKernel(case.layout)(x, bias)
+            with monkeypatch.context() as patch:
+                patch.setattr(operator, "WORTH", 0)
+                assert torch.equal(layer.TritonKernel(case.layout)(x, bias), within)
+
+    def test_permuting_any_number_of_rows(monkeypatch):
+        monkeypatch.setattr(permute, "FEW_ROWS", 4)
+        for shape in ((1, 7), (3, 5, 33), (6, 64)):
+            x, index = torch.randn(shape), torch.randperm(shape[-1]).to(torch.int32)
+            assert torch.equal(permute.permute(x, index), x[..., index.long()])
+        monkeypatch.setattr(permute, "WIDEST", 32)
+        assert torch.equal(permute.permute(x, index), x[..., index.long()])
+        assert torch.equal(permute.inverse(index), torch.argsort(index))
 
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
     def test_values_are_converted_to_the_dtype_of_the_input(make_case, family, shape):
@@ -101,9 +144,44 @@ if INTERPRETED:
                 close(layer.TritonKernel(full.layout)(x, None), full.weight, x, None)
 
     def test_what_is_held_beside_the_packed_tensors(make_case):
-        assert layer.TritonKernel(make_case("block", 64, 64, 0.3, "i").layout).resident_bytes() == 0
+        block = make_case("block", 64, 96, 0.3, "i").layout
+        count, columns = len(block.tensors["col_indices"]), -(-96 // block.parameters["block_size"])
+        assert layer.TritonKernel(block).resident_bytes() == 4 * (2 * count + columns + 1)
         assert layer.TritonKernel(make_case("nm", 64, 64, 0.3, "o").layout).resident_bytes() == 64 * 4
         assert layer.TritonKernel(make_case("diag", 100, 64, 0.3, "o").layout).resident_bytes() == 100 * 4 + 2 * 2 * 4
+
+    @pytest.mark.parametrize("name", ["diag", "nm", "block"])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_a_layer_in_training_takes_the_kernels(monkeypatch, name, autocast):
+        from padst_cli.training import sparse_linear
+        from tests.training.test_sparse_linear import IN, make
+
+        sparse = make(name)
+        double = copy.deepcopy(sparse).double()
+        monkeypatch.setattr(sparse_linear, "serves", lambda *_: False)
+        monkeypatch.setattr(rules, "trains", lambda _, weight: weight.dtype is torch.float32)
+        monkeypatch.setattr(rules, "training_pays", lambda *_: True)
+        if autocast:
+            monkeypatch.setattr(rules, "product_dtype", lambda _: torch.bfloat16)
+        for sparse.dense_gradient in (False, True):
+            sparse.zero_grad()
+            double.zero_grad()
+            x = torch.randn(2, 11, IN, requires_grad=True)
+            wide = x.detach().double().requires_grad_()
+            found, expected = sparse(x), double(wide)
+            assert (sparse.computed_by, double.computed_by) == (f"cuda-triton-{name}", sparse_linear.DENSE_PRODUCT)
+            assert found.dtype is (torch.bfloat16 if autocast else torch.float32)
+            dy = torch.randn(found.shape).to(found.dtype)
+            found.backward(dy)
+            expected.backward(dy.double())
+            wanted = double.weight.grad if sparse.dense_gradient else torch.where(sparse.mask, double.weight.grad, 0.0)
+            pairs = [(found, expected), (x.grad, wide.grad), (sparse.weight.grad, wanted)]
+            for one, other in [*pairs, (sparse.bias.grad, double.bias.grad)]:
+                slack = (3e-2 if autocast else 1e-5) * float(other.detach().abs().max())
+                torch.testing.assert_close(one.double(), other, rtol=0, atol=slack)
+            with torch.no_grad():
+                sparse.weight.mul_(0.5)  # values are taken anew
+                double.weight.mul_(0.5)
 
     @pytest.mark.parametrize("family", ["diag", "2:4", "block 16"])
     def test_the_operators_keep_torch_s_rules(make_case, family):
@@ -111,7 +189,7 @@ if INTERPRETED:
         kernel = layer.TritonKernel(on(make_case(structure, 32, 48, 0.3, "io", **options), CPU))
         x, bias = torch.randn(3, 48, requires_grad=True), torch.randn(32)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed), test_utils=checks)
+        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed, "silu"), test_utils=checks)
 
     @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
     def test_a_packed_layer_takes_its_kernel(monkeypatch, structure):

@@ -8,6 +8,7 @@ import torch
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.permutation.soft import balanced, matrix_of
 from padst_cli.structures import StructureOptions, structure_class, structure_names
+from padst_cli.training import sparse_linear
 from padst_cli.training.sparse_linear import DENSE_PRODUCT, Permutation, SparseLinear, finished_layers, sparse_layers
 
 OUT, IN = 48, 32
@@ -89,6 +90,17 @@ def test_the_kernel_follows_support_and_permutation():
     dense = from_structure(torch.where(layer.mask, layer.weight, 0.0), layer.perm_in.index, None)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dense, layer.bias), rtol=1e-4, atol=1e-4)
     assert layer.computed_by.endswith("-rows")
+
+
+def test_a_support_wider_than_the_structure_is_not_packed_for_a_gpu(monkeypatch):
+    layer = make("diag")
+    monkeypatch.setattr(sparse_linear, "serves", lambda *_: False)
+    monkeypatch.setattr(sparse_linear.gpu, "trains", lambda *_: True)
+    monkeypatch.setattr(sparse_linear.gpu, "training_pays", lambda *_: True)
+    assert layer._pays_on_gpu()
+    layer.mask.fill_(True)
+    layer(torch.randn(2, IN))
+    assert layer.computed_by == DENSE_PRODUCT
 
 
 def test_few_tokens_run_as_a_dense_product_and_say_so():

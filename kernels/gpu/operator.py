@@ -1,0 +1,163 @@
+"""The torch operators around the Triton kernels, one pair for each structure, with fakes and gradients.
+
+`padst::triton_NAME(x, bias, values, index, perm_in, store, out_features, parameters, transposed, activation)` is
+y = f((S x[..., perm_in])[..., inverse(store)] + b), or with S transposed. What takes dy to dx is the same operator with
+S transposed and the permutations in each other's place.
+
+`padst::triton_NAME_gradient(x, dy, values, index, perm_in, store, parameters)` is the gradient of the values, float32
+and in their shape: that of S on its support alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, triton_op
+
+from .permute import WORTH, inverse, permute
+
+
+class Family(Protocol):
+    """The kernels of one structure; tensors are contiguous, x `[..., in]` and y `[..., out]` hold a token or more."""
+
+    NAME: str
+
+    @staticmethod
+    def launch(
+        x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
+        store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
+    ) -> None:  # fmt: skip
+        """Write y."""
+
+    @staticmethod
+    def reads(values: Tensor) -> int:
+        """Inputs that a kernel reads for one token, those read again counted again."""
+
+    @staticmethod
+    def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
+        """The gradient of the values, float32, for x and dy in the coordinates of S."""
+
+
+def empty_output(x: Tensor, out_features: int) -> Tensor:
+    """y for x `[..., in]`, uninitialised."""
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
+    """The operators (product, gradient) of a structure's kernels."""
+
+    @triton_op(f"padst::triton_{family.NAME}_gradient", mutates_args=())
+    def gradient(
+        x: Tensor,
+        dy: Tensor,
+        values: Tensor,
+        index: list[Tensor],
+        perm_in: Tensor | None,
+        store: Tensor | None,
+        parameters: list[int],
+    ) -> Tensor:
+        if x.numel() == 0:
+            return torch.zeros_like(values, dtype=torch.float32)
+        x, dy = x.contiguous(), dy.contiguous()
+        x = x if perm_in is None else permute(x, perm_in)
+        dy = dy if store is None else permute(dy, store)
+        return family.launch_gradient(x, dy, values, index, parameters)
+
+    @gradient.register_fake
+    def _(
+        x: Tensor,
+        dy: Tensor,
+        values: Tensor,
+        index: list[Tensor],
+        perm_in: Tensor | None,
+        store: Tensor | None,
+        parameters: list[int],
+    ) -> Tensor:
+        del x, dy, index, perm_in, store, parameters
+        return torch.empty_like(values, dtype=torch.float32)
+
+    @triton_op(f"padst::triton_{family.NAME}", mutates_args=())
+    def product(
+        x: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        index: list[Tensor],
+        perm_in: Tensor | None,
+        store: Tensor | None,
+        out_features: int,
+        parameters: list[int],
+        transposed: bool,
+        activation: str,
+    ) -> Tensor:
+        y = empty_output(x, out_features)
+        tokens = x.numel() // x.shape[-1]
+        if tokens == 0:
+            return y
+        x = x.contiguous()
+        if perm_in is not None and tokens * family.reads(values) > WORTH:
+            x, perm_in = permute(x, perm_in), None
+        later: Tensor | None = None
+        if store is not None and tokens * out_features > WORTH:
+            bias = None if bias is None else bias.index_select(0, store)
+            later, store = inverse(store), None
+        family.launch(x, bias, values, index, perm_in, store, y, parameters, transposed, activation)
+        return y if later is None else permute(y, later)
+
+    @product.register_fake
+    def _(
+        x: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        index: list[Tensor],
+        perm_in: Tensor | None,
+        store: Tensor | None,
+        out_features: int,
+        parameters: list[int],
+        transposed: bool,
+        activation: str,
+    ) -> Tensor:
+        del bias, values, index, perm_in, store, parameters, transposed, activation
+        return empty_output(x, out_features)
+
+    _differentiable(product, gradient)
+    return product, gradient
+
+
+def _differentiable(product: CustomOpDef, gradient: CustomOpDef) -> None:
+    """Gradients to x, the bias and the values; what an activation's needs is computed again."""
+
+    def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+        del output
+        x, bias, values, index, perm_in, store, _, ctx.parameters, ctx.transposed, ctx.activation = inputs
+        ctx.in_features = x.shape[-1]
+        ctx.save_for_backward(x, bias, values, perm_in, store, *index)
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, bias, values, perm_in, store, *index = ctx.saved_tensors
+        rest = ctx.parameters, ctx.transposed
+        if ctx.activation:
+            z = product(x, bias, values, index, perm_in, store, dy.shape[-1], *rest, "")
+            dy = _through(ctx.activation, dy, z)
+        dx = db = dv = None
+        if ctx.needs_input_grad[0]:
+            dx = product(
+                dy, None, values, index, store, perm_in, ctx.in_features, ctx.parameters, not ctx.transposed, ""
+            )
+        if ctx.needs_input_grad[1]:
+            db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
+        if ctx.needs_input_grad[2]:
+            sides = (dy, x, values, index, store, perm_in) if ctx.transposed else (x, dy, values, index, perm_in, store)
+            dv = gradient(*sides, ctx.parameters).to(values.dtype)
+        return dx, db, dv, [None] * len(index), None, None, None, None, None, None
+
+    product.register_autograd(backward, setup_context=setup)
+
+
+def _through(activation: str, dy: Tensor, z: Tensor) -> Tensor:
+    """dy times the derivative of an activation at z."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, z)
+    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")

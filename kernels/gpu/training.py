@@ -1,0 +1,134 @@
+"""Forward and backward of a sparse layer in training on Triton kernels: nothing dense but where it is asked for.
+
+y = (S x[..., perm_in])[..., perm_out] + b, whose support stays while the values change with every step. The support is
+packed once, into places in the dense weight; a step takes the values from there, once, in the dtype it computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rules
+from .layer import OPERATORS, operands_of
+from .permute import inverse, permute
+
+
+class TritonTraining:
+    """The product of one layer and its gradients, for one support and one pair of permutations.
+
+    `mask` bool `[out, in]` in the coordinates of S; `places` are the packed tensors of a structure whose values are
+    integers: 1 + the place of each value in the flat weight, 0 for values that must stay zero. `perm_in` int32 `[in]`,
+    `perm_out` int32 `[out]` or None.
+    """
+
+    def __init__(
+        self,
+        structure: str,
+        parameters: Mapping[str, Any],
+        mask: Tensor,
+        places: Mapping[str, Tensor],
+        perm_in: Tensor | None,
+        perm_out: Tensor | None,
+    ) -> None:
+        self.name = rules.kernel_name(structure)
+        self.shape = mask.shape
+        self._made_for = _identity(mask, perm_in, perm_out)
+        self._held = (mask, perm_in, perm_out)  # so that no other tensor comes to their addresses
+        self._perm_in = perm_in
+        self._store = None if perm_out is None else inverse(perm_out)
+        self._product, self._gradient = OPERATORS[structure]
+        operands, _ = operands_of(structure, parameters, mask.shape[0], mask.shape[1], places)
+        self._index, self._parameters = operands.index, operands.parameters
+        outside = operands.values == 0
+        # Behind the weight's last entry there is one that takes what belongs nowhere.
+        self._places = torch.where(outside, mask.numel(), operands.values - 1)
+        self._outside = outside if bool(outside.any()) else None
+        self._loaded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    def fits(self, mask: Tensor, perm_in: Tensor | None, perm_out: Tensor | None) -> bool:
+        """Whether this kernel was made for these very tensors, none of which was changed since."""
+        return self._made_for == _identity(mask, perm_in, perm_out)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, dense_gradient: bool = False) -> Tensor:
+        """`[..., in] -> [..., out]` with `weight` `[out, in]` in the coordinates of S; its support alone counts.
+
+        Computed in the dtype of x, or autocast's. The gradient of `weight` is zero outside the support, unless
+        `dense_gradient` asks for that of a dense weight.
+        """
+        dtype = rules.product_dtype(x)
+        result: Tensor = _Product.apply(
+            x.to(dtype), weight, None if bias is None else bias.to(dtype), self, dense_gradient
+        )
+        return result
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product without a record for gradients."""
+        values = self._values(weight, x.dtype)
+        y: Tensor = self._product(
+            x, bias, values, self._index, self._perm_in, self._store, self.shape[0], self._parameters, False, ""
+        )
+        return y
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dx `[..., in]` for dy `[..., out]`."""
+        values = self._values(weight, dy.dtype)
+        dx: Tensor = self._product(
+            dy, None, values, self._index, self._store, self._perm_in, self.shape[1], self._parameters, True, ""
+        )
+        return dx
+
+    def weight_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight `[out, in]`, zero outside the support."""
+        values = self._values(weight, x.dtype)
+        found = self._gradient(x, dy, values, self._index, self._perm_in, self._store, self._parameters)
+        dense = torch.zeros(self.shape.numel() + 1, dtype=weight.dtype, device=weight.device)
+        dense.scatter_(0, self._places.flatten(), found.flatten().to(weight.dtype))
+        return dense[:-1].view(self.shape)
+
+    def dense_weight_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """The gradient that a dense weight `[out, in]` in the coordinates of S would have."""
+        u = x if self._perm_in is None else permute(x.contiguous(), self._perm_in)
+        dz = dy if self._store is None else permute(dy.contiguous(), self._store)
+        return (dz.flatten(0, -2).T @ u.flatten(0, -2)).to(weight.dtype)
+
+    def _values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        state = (weight.data_ptr(), weight._version, dtype)
+        if self._loaded is None or self._loaded[0] != state:
+            values = weight.detach().take(self._places.clamp(max=weight.numel() - 1)).to(dtype)
+            if self._outside is not None:
+                values.masked_fill_(self._outside, 0.0)
+            self._loaded = (state, values)
+        return self._loaded[1]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernel: TritonTraining, dense_gradient: bool
+    ) -> Tensor:
+        ctx.kernel, ctx.dense_gradient = kernel, dense_gradient
+        ctx.save_for_backward(x, weight)
+        return kernel.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        kernel: TritonTraining = ctx.kernel
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = kernel.input_gradient(dy, weight)
+        if ctx.needs_input_grad[1]:
+            dw = (kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient)(x, dy, weight)
+        if ctx.needs_input_grad[2]:
+            db = dy.flatten(0, -2).sum(dim=0)
+        return dx, dw, db, None, None
+
+
+def _identity(*tensors: Tensor | None) -> tuple[tuple[int, int] | None, ...]:
+    return tuple(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors)

@@ -1,0 +1,47 @@
+"""Files of measured figures: found again under their key, replaced as a whole, and missing when damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from padst_kernels import cache
+
+KEY = {"device": "one", "version": "2"}
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_what_is_written_is_read(tmp_path):
+    assert cache.read("speeds", KEY, dict) is None
+    cache.write("speeds", KEY, {"a": 1})
+    cache.write("speeds", KEY, {"a": 2})
+    assert cache.read("speeds", KEY, dict) == {"a": 2}
+    assert [file.name for file in (tmp_path / "padst").iterdir()] == [cache.file_of("speeds", KEY).name]
+
+
+def test_another_key_has_another_file():
+    cache.write("speeds", KEY, {"a": 1})
+    other = {**KEY, "device": "two"}
+    assert cache.read("speeds", other, dict) is None
+    # Even in the place where its own would be.
+    cache.file_of("speeds", other).write_text(json.dumps({"key": KEY, "speeds": {}}))
+    assert cache.read("speeds", other, dict) is None
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"speeds": {}}', "\x00\x01"])
+def test_a_damaged_file_counts_as_missing_and_is_said(damage, caplog):
+    cache.write("speeds", KEY, {"a": 1})
+    cache.file_of("speeds", KEY).write_text(damage)
+    assert cache.read("speeds", KEY, dict) is None
+    assert "cannot be used" in caplog.text
+
+
+def test_without_a_folder_to_write_to_the_log_says_it(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cache.write("speeds", KEY, {"a": 1})
+    assert "the speeds could not be kept" in caplog.text
