@@ -29,7 +29,6 @@ __all__ = [
     "recalibrate",
     "scratch_bytes",
     "select",
-    "takes_compact",
 ]
 
 
@@ -53,7 +52,6 @@ they skip.
 COMPACT_DTYPES = frozenset(native.TYPES)
 """Dtypes of x that compact kernels compute on."""
 
-takes_compact = native.takes
 scratch_bytes = transient.scratch_bytes
 
 Compact = NativeKernel | DenseInPlace

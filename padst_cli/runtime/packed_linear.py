@@ -16,7 +16,6 @@ from padst_kernels.dispatch import (
     kernel_name,
     prepare,
     select,
-    takes_compact,
 )
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -106,15 +105,15 @@ class PackedLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+        """`[..., in] -> [..., out]`; raises ValueError for another width."""
         if is_compiling():
             return self._traced(x)
-        if takes_compact(x):
-            kernel = self._native or self._compact(x.dtype)
-            if kernel is not None:
-                return kernel(x, self._parameters["bias"], self.dense_weight)
+        native = self._native
+        if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
+            return native(x, self._parameters["bias"], self.dense_weight)
+        self._check(x)
+        if x.is_cpu and x.dtype in COMPACT_DTYPES and self._compact(x.dtype) is not None:
+            return self.forward(x)
         result: Tensor = select(self._current_layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
         return result
 
@@ -173,6 +172,10 @@ class PackedLinear(nn.Module):
             f"bias={self.format.bias}"
         )
 
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+
     def _current_layout(self) -> Layout:
         state = _state_of(self.values)
         if self._layout is not None and self._layout[0] == state:
@@ -202,8 +205,8 @@ class PackedLinear(nn.Module):
         `dtype` is that of the activations.
         """
         kernel = compact(self._current_layout(), dtype)
-        self._layout = None
         if kernel is not None:
+            self._layout = None
             self._value_dtype = self.values.dtype
             self._native = kernel
             for table in (self._parameters, self._buffers):
@@ -230,8 +233,9 @@ class PackedLinear(nn.Module):
 
     def _traced(self, x: Tensor) -> Tensor:
         """The same while a graph is traced: the image goes in as a constant, the kernel as an operator."""
+        self._check(x)
         _prepare_for_tracing(self, x.dtype)
-        if self._native is not None and takes_compact(x):
+        if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if isinstance(self._native, DenseInPlace):
                 return self._native(x, self._parameters["bias"])
             result: Tensor = torch.ops.padst.sparse_linear(

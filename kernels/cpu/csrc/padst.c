@@ -40,6 +40,10 @@ int padst_forward(const void *image, const void *x, int type, const void *bias, 
     return engines[padst_isa()]->forward(header, x, type, bias, y, tokens, threads < 1 ? 1 : threads);
 }
 
+int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y) {
+    return padst_forward(call->image, x, call->type, bias, y, call->tokens, call->threads);
+}
+
 int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
                    int64_t tokens, int threads) {
     const struct padst_image *header = image, *back = transposed;
