@@ -27,9 +27,13 @@ _NO_CALLS: tuple[Any, ...] = (None, None, 0, None, 0, None)
 _TENSORS = {"diag": ("offsets",), "nm": ("indices",), "block": ("row_offsets", "col_indices")}
 
 
+STRUCTURES = frozenset(_TENSORS)
+"""Structures that have compiled kernels."""
+
+
 def serves(structure: str, in_features: int, device: torch.device) -> bool:
     """Whether the compiled kernels are there and take such a layer on this device."""
-    return structure in _TENSORS and in_features <= MOST_INPUTS and device.type == "cpu" and library() is not None
+    return structure in STRUCTURES and in_features <= MOST_INPUTS and device.type == "cpu" and library() is not None
 
 
 def kernel_name(structure: str) -> str:

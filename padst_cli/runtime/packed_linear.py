@@ -18,7 +18,8 @@ from padst_kernels.dispatch import (
     select,
 )
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn import functional
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
 from padst_cli.permutation.apply import from_structure, to_structure
@@ -232,8 +233,16 @@ class PackedLinear(nn.Module):
         self._buffers.update(tensors)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator."""
+        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
+
+        `torch.export` shows stand-ins for tensors, of which no image can be made: the graph of a layer that was never
+        called holds the packed tensors and unpacks them at each call.
+        """
         self._check(x)
+        # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
+        if not is_dynamo_compiling() and self._native is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.dense_weight().to(x.dtype), bias)
         _prepare_for_tracing(self, x.dtype)
         if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if isinstance(self._native, DenseInPlace):
