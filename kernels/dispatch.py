@@ -35,7 +35,6 @@ __all__ = [
     "recalibrate",
     "scratch_bytes",
     "select",
-    "takes_compact",
 ]
 
 
@@ -62,7 +61,6 @@ they skip.
 COMPACT_DTYPES = frozenset(native.TYPES)
 """Dtypes of x that compact kernels compute on."""
 
-takes_compact = native.takes
 scratch_bytes = transient.scratch_bytes
 
 Compact = NativeKernel | DenseInPlace
@@ -73,12 +71,16 @@ def compact(layout: Layout, dtype: torch.dtype) -> Compact | None:
     """A kernel that takes the place of the layer's packed tensors, None where none serves it there.
 
     `dtype` is that of the activations. With many tokens the compiled kernel itself turns to the dense product where the
-    cost model says so; only a layer that may be dense for the memory bound, and gains by it, is kept dense.
+    cost model says so; only a layer that may be dense for the memory bound, and gains by it, is kept dense. Without
+    compiled kernels one that runs through a dense weight lets go of its packed tensors for it.
     """
-    if not native.serves(layout.structure, layout.in_features, layout.tensors["values"].device):
+    device = layout.tensors["values"].device
+    served = native.serves(layout.structure, layout.in_features, device)
+    dense = _better_dense(layout, dtype) if served else _only_dense(layout, device, dtype)
+    if not (served or dense):
         return None
     with torch.inference_mode(False):  # what is made inside inference mode could not enter a graph later
-        return DenseInPlace(layout) if _better_dense(layout, dtype) else NativeKernel(layout)
+        return DenseInPlace(layout) if dense else NativeKernel(layout)
 
 
 def recalibrate(threads: int) -> None:
@@ -101,8 +103,18 @@ def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.
     return transient.NAME if tokens * layout.in_features >= limit else native.kernel_name(layout.structure)
 
 
+def _only_dense(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or layout.structure not in native.STRUCTURES or not _can_be_dense(layout, dtype):
+        return False
+    return _stored_name(layout, device, 1, dtype) == DenseMatmul.name
+
+
+def _can_be_dense(layout: Layout, dtype: torch.dtype) -> bool:
+    return layout.repack is not None and layout.tensors["values"].dtype == dtype
+
+
 def _better_dense(layout: Layout, dtype: torch.dtype) -> bool:
-    if layout.repack is None or layout.tensors["values"].dtype != dtype or not DenseInPlace.fits(layout):
+    if not _can_be_dense(layout, dtype) or not DenseInPlace.fits(layout):
         return False
     return machine.costs(torch.get_num_threads()).dense_gains(layout.work, str(dtype).removeprefix("torch."))
 

@@ -11,33 +11,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
 
 from ..cost import FEW
 from ..layout import Layout
 from . import transient
 from .arena import image_memory
-from .library import TYPES, LayerHeader, isa_name, library
+from .library import TYPES, CallHeader, LayerHeader, isa_name, library
 
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
 
+_NO_CALLS: tuple[Any, ...] = (None, None, 0, None, 0, None)
+
 _TENSORS = {"diag": ("offsets",), "nm": ("indices",), "block": ("row_offsets", "col_indices")}
+
+
+STRUCTURES = frozenset(_TENSORS)
+"""Structures that have compiled kernels."""
 
 
 def serves(structure: str, in_features: int, device: torch.device) -> bool:
     """Whether the compiled kernels are there and take such a layer on this device."""
-    return structure in _TENSORS and in_features <= MOST_INPUTS and device.type == "cpu" and library() is not None
+    return structure in STRUCTURES and in_features <= MOST_INPUTS and device.type == "cpu" and library() is not None
 
 
 def kernel_name(structure: str) -> str:
     """The name of the compiled kernel for a structure: the instruction set it runs on, and the structure."""
     return f"cpu-{isa_name()}-{structure}"
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the compiled kernels compute on such an input: float32, bfloat16 or float16, on the CPU."""
-    return x.is_cpu and x.dtype in TYPES
 
 
 class NativeKernel:
@@ -52,27 +53,56 @@ class NativeKernel:
         self.out_features, self.in_features = layout.out_features, layout.in_features
         self.image = _pack(layout)
         self._address = self.image.data_ptr()
-        self._few = FEW * self.in_features
         self._limits = transient.limits(transient.work_of(self._address))
-        self._forward = _library().padst_forward
+        self._run = _library().padst_run
+        self._recent = _NO_CALLS
 
     def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of x."""
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        """`[..., in] -> [..., out]` in the dtype of x, on the CPU; raises ValueError for another width.
+
+        With one token a layer takes no longer than a dozen calls into torch: whatever a call shares with the one before
+        is kept in `_recent`, which is one tuple, so that threads can only replace it as a whole.
+        """
+        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _WithGradient.apply(self, x, bias, materialise)
             return result
-        return self.run(x, bias)
-
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same without a record for gradients."""
-        threads = torch.get_num_threads()
-        if x.numel() > self._few and x.numel() >= self._limits[threads, x.dtype]:
+        shape, dtype, threads, like, address, _ = self._recent
+        if x.shape != shape or x.dtype is not dtype or get_num_threads() != threads:
+            dtype, threads, like, address = self._prepare(x)
+        if not address:
             return transient.linear(self._address, x, bias, self.out_features, threads)
-        return call(self._forward, self._address, x, bias, self.out_features, threads)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = empty_like(like)
+        if bias is None:
+            status = self._run(address, x.data_ptr(), None, y.data_ptr())
+        else:
+            if bias.dtype is not dtype or not bias.is_contiguous():
+                bias = bias.to(dtype).contiguous()
+            status = self._run(address, x.data_ptr(), bias.data_ptr(), y.data_ptr())
+        if status:
+            raise MemoryError(f"{self.name} failed with status {status}")
+        return y
+
+    def _prepare(self, x: Tensor) -> tuple[torch.dtype, int, Tensor, int]:
+        """What calls like the one with `x` share: dtype, threads, a tensor like y, and the address of their descriptor,
+        0 where the dense product is the faster.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+        dtype, threads, entries = x.dtype, get_num_threads(), x.numel()
+        # Not of y's size: it stays.
+        like = torch.empty(1, dtype=dtype).expand(*x.shape[:-1], self.out_features)
+        header, address = None, 0
+        if entries <= FEW * self.in_features or entries < self._limits[threads, dtype]:
+            header = CallHeader(self._address, entries // self.in_features, TYPES[dtype], threads)
+            address = ctypes.addressof(header)
+        self._recent = (x.shape, dtype, threads, like, address, header)
+        return dtype, threads, like, address
 
     def compute(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor:
         """The compiled kernel, however many tokens there are; no record for gradients."""
-        return call(self._forward, self._address, x, bias, self.out_features, threads)
+        return call(_library().padst_forward, self._address, x, bias, self.out_features, threads)
 
     def name_at(self, tokens: int, dtype: torch.dtype) -> str:
         """The name of what computes `tokens` rows of `dtype`."""
@@ -105,7 +135,7 @@ class _WithGradient(torch.autograd.Function):
         ctx: Any, kernel: NativeKernel, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]
     ) -> Tensor:
         ctx.materialise = materialise
-        return kernel.run(x.detach(), None if bias is None else bias.detach())
+        return kernel(x.detach(), None if bias is None else bias.detach(), materialise)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:

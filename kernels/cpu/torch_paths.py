@@ -78,8 +78,10 @@ class DenseInPlace:
         return size + _bytes(*layout.permutations().values()) <= layout.resident_bound()
 
     def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor] | None = None) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of x; gradients reach x and the bias."""
+        """`[..., in] -> [..., out]` in the dtype of x; gradients reach x and the bias. ValueError for another width."""
         del materialise  # which kernels that have no dense weight take their gradients from
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.weight.shape[1]}")
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
         return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
 

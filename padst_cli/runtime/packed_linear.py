@@ -16,10 +16,10 @@ from padst_kernels.dispatch import (
     kernel_name,
     prepare,
     select,
-    takes_compact,
 )
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn import functional
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
 from padst_cli.permutation.apply import from_structure, to_structure
@@ -106,15 +106,15 @@ class PackedLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+        """`[..., in] -> [..., out]`; raises ValueError for another width."""
         if is_compiling():
             return self._traced(x)
-        if takes_compact(x):
-            kernel = self._native or self._compact(x.dtype)
-            if kernel is not None:
-                return kernel(x, self._parameters["bias"], self.dense_weight)
+        native = self._native
+        if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
+            return native(x, self._parameters["bias"], self.dense_weight)
+        self._check(x)
+        if x.is_cpu and x.dtype in COMPACT_DTYPES and self._compact(x.dtype) is not None:
+            return self.forward(x)
         result: Tensor = select(self.layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
         return result
 
@@ -173,6 +173,10 @@ class PackedLinear(nn.Module):
             f"bias={self.format.bias}"
         )
 
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+
     def layout(self) -> Layout:
         """What kernels are given of the layer, the same as long as its tensors are unchanged."""
         state = _state_of(self.values)
@@ -203,8 +207,8 @@ class PackedLinear(nn.Module):
         `dtype` is that of the activations.
         """
         kernel = compact(self.layout(), dtype)
-        self._layout = None
         if kernel is not None:
+            self._layout = None
             self._value_dtype = self.values.dtype
             self._native = kernel
             for table in (self._parameters, self._buffers):
@@ -230,9 +234,18 @@ class PackedLinear(nn.Module):
         self._buffers.update(tensors)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator."""
+        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
+
+        `torch.export` shows stand-ins for tensors, of which no image can be made: the graph of a layer that was never
+        called holds the packed tensors and unpacks them at each call.
+        """
+        self._check(x)
+        # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
+        if not is_dynamo_compiling() and self._native is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.dense_weight().to(x.dtype), bias)
         _prepare_for_tracing(self, x.dtype)
-        if self._native is not None and takes_compact(x):
+        if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if isinstance(self._native, DenseInPlace):
                 return self._native(x, self._parameters["bias"])
             result: Tensor = torch.ops.padst.sparse_linear(

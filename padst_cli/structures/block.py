@@ -225,7 +225,8 @@ class Block(Structure):
 
     def _block_row(self, tensors: Mapping[str, Tensor]) -> Tensor:
         lengths = tensors["row_offsets"].long().diff()
-        return torch.arange(self.grid[0], device=lengths.device).repeat_interleave(lengths)
+        rows = torch.arange(self.grid[0], device=lengths.device)
+        return rows.repeat_interleave(lengths, output_size=len(tensors["col_indices"]))
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """`[out, in]` as blocks `[block rows, block columns, B, B]`, zeros in the padding."""

@@ -69,6 +69,10 @@ def poisoned_call(kernel: NativeKernel, x: torch.Tensor, bias: torch.Tensor | No
     return room[1:-1]
 
 
+def no_weight() -> torch.Tensor:
+    raise AssertionError("only gradients need a dense weight")
+
+
 def close(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
     expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[x.dtype]
@@ -171,7 +175,29 @@ def test_missing_inputs_stay_where_they_are(make_case, structure):
     x[2] = float("nan")
     y = poisoned_call(NativeKernel(case.layout), x, None)
     assert bool(y[[0, 1, 3, 4]].isfinite().all())
-    assert NativeKernel(case.layout).run(torch.randn(2, 0, 64), None).shape == (2, 0, 96)
+    assert NativeKernel(case.layout)(torch.randn(2, 0, 64), None, no_weight).shape == (2, 0, 96)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_calls_in_any_order_of_shapes_dtypes_and_threads(make_case, structure):
+    """What a call keeps for the next one must not outlive what it depends on."""
+    case = make_case(structure, 96, 64, 0.3, "io")
+    kernel = NativeKernel(case.layout)
+    bias = torch.randn(96)
+    shapes = [(64,), (1, 64), (1, 1, 64), (2, 3, 64), (0, 64), (6, 64), (1, 64)]
+    for threads, dtype in ((1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (1, torch.float32)):
+        torch.set_num_threads(threads)
+        for shape in shapes:
+            x = torch.randn(shape, dtype=dtype)
+            for one in (bias, bias.to(dtype), bias.repeat_interleave(2)[::2], None):
+                y = kernel(x, one, no_weight)
+                assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (*shape[:-1], 96), True)
+                if y.numel():
+                    close(y.view(-1, 96), case.weight, x.view(-1, 64), one)
+    far = torch.randn(64, 6).T  # not contiguous, of a shape seen before
+    close(kernel(far, None, no_weight), case.weight, far, None)
+    with pytest.raises(ValueError, match="63 features, the layer takes 64"):
+        kernel(torch.randn(1, 63), None, no_weight)
 
 
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
@@ -192,7 +218,7 @@ def test_the_operator_is_the_kernel(make_case, structure):
     kernel = NativeKernel(case.layout)
     x, bias = torch.randn(2, 3, 48), torch.randn(64)
     arguments = (x, kernel.image, bias, 64)
-    assert torch.equal(sparse_linear(*arguments), kernel.run(x, bias))
+    assert torch.equal(sparse_linear(*arguments), kernel(x, bias, no_weight))
     torch.library.opcheck(sparse_linear, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

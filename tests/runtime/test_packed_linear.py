@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from padst_kernels.cost import resident_bound
-from padst_kernels.cpu import transient
+from padst_kernels.cpu import native, transient
 from padst_kernels.cpu.library import ISAS, library
 from padst_kernels.dispatch import DenseInPlace
 from torch.nn import functional
@@ -184,16 +184,36 @@ def test_a_compact_layer_holds_nothing_twice_and_gives_everything_back(structure
     assert layer._native is None
 
 
+@pytest.mark.parametrize("called", [True, False])
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
-def test_torch_export_takes_the_layer(structure):
-    layer, _, _ = make(structure)
+def test_torch_export_takes_the_layer(structure, called):
+    """Called before, it is exported as its kernel; otherwise as its packed tensors, which the graph unpacks."""
+    layer, weight, vector = make(structure)
     x = torch.randn(4, 80)
-    expected = layer(x)
-    exported = torch.export.export(layer, (x,)).module()
-    torch.testing.assert_close(exported(x), expected)
+    if called:
+        layer(x)
+    exported = torch.export.export(layer, (x,))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert ("padst.sparse_linear.default" in targets) == called
+    expected = functional.linear(x, weight, vector)
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(layer(x), expected)
 
 
 KEPT_DENSE = costs(kernel=1e-9, dense=1e-10, unpack=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm"])
+def test_without_compiled_kernels_a_dense_weight_takes_the_place_of_the_packed_tensors(structure, monkeypatch):
+    monkeypatch.setattr(native, "serves", lambda *_: False)
+    layer, weight, vector = make(structure)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = torch.randn(3, 80)
+    torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+    assert layer._parameters["values"] is None
+    assert layer.prepared_bytes() <= 48 * 80 * 4 + 48 * 80 // 8 + (48 + 80) * 4
+    after = layer.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])

@@ -54,7 +54,7 @@ INLINE void block_panel_rows(struct panel panel, const float *x, long ldx, float
     for (int b = 0; b < panel.blocks; b++) {
         const float *input = x + (long)panel.columns[b] * panel.size;
         for (int c = 0; c < panel.size; c += unrolled, input += unrolled, w += unrolled * STRIP * type_bytes(type)) {
-            if (tokens == 1) prefetch_ahead(w, unrolled * STRIP * (long)type_bytes(type));
+            if (tokens == 1 && type != PADST_F32) prefetch_ahead(w, unrolled * STRIP * (long)type_bytes(type));
             UNROLL for (int u = 0; u < unrolled; u++) UNROLL for (int t = 0; t < tokens; t++) {
                 vec value = splat(input[t * ldx + u]);
                 UNROLL for (int v = 0; v < VECTORS; v++)

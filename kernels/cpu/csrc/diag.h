@@ -35,7 +35,7 @@ INLINE void diag_chunk(const void *values, const uint16_t *starts, int entries, 
         for (int e = 0; e < entries; e++) {
             long at = (long)e * CHUNK + part;
             const float *run = x + starts[e] - CHUNK + part;
-            if (tokens == 1)
+            if (tokens == 1 && type != PADST_F32)
                 prefetch_ahead((const char *)values + at * (long)type_bytes(type), vectors * LANES * (long)type_bytes(type));
             UNROLL for (int v = 0; v < vectors; v++) {
                 vec w = load(values, at + v * LANES, type);

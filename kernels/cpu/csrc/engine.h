@@ -1,10 +1,11 @@
-/* padst_forward for one instruction set; the including file defines LANES and ENGINE, the name of its function table.
+/* The kernels for one instruction set; the including file defines LANES and ENGINE, the name of its function table.
  *
- * Two ways, for few tokens and for many. Few: each token's inputs are gathered once, threads share the outputs, and what
+ * padst_forward has two ways, for few tokens and for many. Few: each token's inputs are gathered once, threads share the outputs, and what
  * counts is to read the weights at full bandwidth. Many: threads take tiles of tokens, transposed to [inputs][tokens], so
  * that a weight is broadcast over vectors of tokens, and every structure runs from the same tile.
  */
 #include "block.h"
+#include "dense.h"
 #include "diag.h"
 #include "engine_table.h"
 #include "gradient.h"
@@ -253,4 +254,4 @@ static int forward(const struct padst_image *image, const void *x, int type, con
     return run_tiles(&call, threads);
 }
 
-const struct padst_engine ENGINE = {forward, gradient};
+const struct padst_engine ENGINE = {forward, gradient, dense};

@@ -9,6 +9,7 @@ struct padst_engine {
                    int threads);
     int (*gradient)(const struct padst_image *image, const struct padst_image *transposed, const float *x,
                     const float *dy, float *gradient, int64_t tokens, int threads);
+    int (*dense)(const struct padst_image *image, void *weight, int type, int threads);
 };
 
 extern const struct padst_engine padst_engine_portable, padst_engine_avx2, padst_engine_avx512;

@@ -40,6 +40,10 @@ int padst_forward(const void *image, const void *x, int type, const void *bias, 
     return engines[padst_isa()]->forward(header, x, type, bias, y, tokens, threads < 1 ? 1 : threads);
 }
 
+int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y) {
+    return padst_forward(call->image, x, call->type, bias, y, call->tokens, call->threads);
+}
+
 int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,
                    int64_t tokens, int threads) {
     const struct padst_image *header = image, *back = transposed;
@@ -47,4 +51,12 @@ int padst_gradient(const void *image, const void *transposed, const float *x, co
     if (back->magic != PADST_MAGIC || back->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
     if (header->out_features != back->in_features || header->in_features != back->out_features) return PADST_BAD_IMAGE;
     return engines[padst_isa()]->gradient(header, back, x, dy, gradient, tokens, threads < 1 ? 1 : threads);
+}
+
+int padst_dense(const void *image, void *weight, int type, int threads) {
+    const struct padst_image *header = image;
+    if (header->magic != PADST_MAGIC || header->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
+    if (header->structure < 0 || header->structure >= PADST_ROWS || type < PADST_F32 || type > PADST_F16)
+        return PADST_BAD_IMAGE;
+    return engines[padst_isa()]->dense(header, weight, type, threads < 1 ? 1 : threads);
 }

@@ -70,6 +70,16 @@ void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *per
  * type `type`. */
 int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads);
 
+/* The same from a descriptor that the caller keeps: with one token the arguments of a foreign call take as long as a small
+ * layer's arithmetic, and these are the same from call to call. */
+struct padst_call {
+    const void *image;
+    int64_t tokens;
+    int32_t type, threads;
+};
+
+int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y);
+
 /* The gradient of the values: for every value of `image` (blocks or rows, float32), in the image's order, adds the sum over
  * tokens of its input times the gradient dy of its output. x [tokens, in] and dy [tokens, out] are float32; `transposed` is
  * the image of the layer that leads back, S transposed with perm_in' = perm_out^-1 and perm_out' = perm_in^-1. */

@@ -106,10 +106,22 @@ INLINE v8 load8(const void *base, long index, int type) {
 #endif
 }
 
+/* As float_to_bfloat. */
+INLINE u8x16 floats_to_bfloats(v8 value) {
+    u8x32 bits = (u8x32)value, missing = (u8x32)(value != value);
+    u8x32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~missing) | ((bits >> 16 | 0x40) & missing), u8x16);
+}
+
 INLINE void store8(void *base, long index, int type, v8 value) {
     if (type == PADST_F32) *(v8 *)((float *)base + index) = value;
+    else if (type == PADST_BF16) *(u8x16 *)((uint16_t *)base + index) = floats_to_bfloats(value);
     else
+#if defined(__F16C__)
+        _mm_storeu_si128((__m128i *)((uint16_t *)base + index), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
         for (int i = 0; i < 8; i++) store_one(base, index + i, type, value[i]);
+#endif
 }
 
 /* LANES values from `index` on. */
