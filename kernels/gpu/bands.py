@@ -43,7 +43,8 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     elif tokens <= 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))
     else:
-        tiles = ((128, 8 if size == 64 else 4, 3), (128, 4, 2), (256, 8, 2), (64, 4, 3))
+        warps = 8 if size == 64 else 4  # fewer cannot hold a tile of sums in their registers
+        tiles = ((128, warps, 3), (128, warps, 2), (256, 2 * warps, 2), (64, 4, 3))
     return tuple(
         Config(TILE=tile, ROWS=size, num_warps=warps, num_stages=stages) for tile, warps, stages in dict.fromkeys(tiles)
     )
