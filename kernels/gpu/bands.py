@@ -42,9 +42,10 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
         tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2))
     elif tokens <= 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))
-    else:
-        warps = 8 if size == 64 else 4  # fewer cannot hold a tile of sums in their registers
-        tiles = ((128, warps, 3), (128, warps, 2), (256, 2 * warps, 2), (64, 4, 3))
+    elif size < 64:
+        tiles = ((128, 4, 3), (128, 4, 2), (256, 8, 2), (64, 4, 3))
+    else:  # the sums of more would not fit the registers
+        tiles = ((128, 8, 3), (128, 8, 2), (64, 4, 3))
     return tuple(
         Config(TILE=tile, ROWS=size, num_warps=warps, num_stages=stages) for tile, warps, stages in dict.fromkeys(tiles)
     )
