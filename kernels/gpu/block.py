@@ -50,8 +50,10 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
         tiles = ((64, 16, 8, 2), (32, 16, 4, 2), (64, 32, 8, 2), (128, 16, 8, 2))
     elif tokens <= 64:
         tiles = ((64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 2, 4), (64, 32, 4, 4))
-    else:
+    elif size < 64:
         tiles = ((128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 4), (64, 64, 4, 3), (256, 32, 8, 3))
+    else:  # the sums of more would not fit the registers
+        tiles = ((128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3))
     return tuple(
         Config(TILE=tile, ROWS=size, STEP=step, num_warps=warps, num_stages=stages)
         for tile, step, warps, stages in tiles
