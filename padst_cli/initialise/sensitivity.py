@@ -29,7 +29,7 @@ def output_sensitivity(
 
     One forward and one backward pass of every batch, one item at a time; no gradient of a weight is made. Tokens that
     `attention_mask` leaves out neither predict nor count. A layer that took no part has 1 everywhere. Deterministic for
-    `seed`. Raises `PadstError` where a gradient is not finite.
+    `seed`. Raises `PadstError` where an output, a prediction or a gradient is not finite.
     """
     sums: dict[str, Tensor] = {}
     hooks = [post_hook(model.get_submodule(name), partial(_watch, sums=sums, name=name)) for name in names]
@@ -50,6 +50,7 @@ def output_sensitivity(
 def _watch(module: nn.Module, inputs: Any, output: Tensor, *, sums: dict[str, Tensor], name: str) -> Tensor:
     """A forward hook that adds the squares of the gradient that comes back to the layer's output."""
     del module, inputs
+    _check_finite(output, f"{name}: the outputs of this layer hold NaN or infinity on the calibration data")
     # The first layers' outputs depend on nothing that has a gradient: they become what the rest hangs on.
     watched = output if output.requires_grad else output.detach().requires_grad_()
 
@@ -65,13 +66,20 @@ def _surprise(output: Any, batch: Inputs, generator: torch.Generator) -> Tensor:
     """-log p(y) of predictions y drawn from the model's own, summed; of hidden states, those plus unit noise."""
     logits = getattr(output, "logits", None)
     if logits is None:
-        hidden = output.last_hidden_state
+        hidden = output if isinstance(output, Tensor) else output.last_hidden_state
         noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=torch.float32)
         return (_kept(hidden, batch).float() * _kept(noise, batch)).sum()
     flat = _kept(logits, batch).float().flatten(0, -2)
+    _check_finite(flat, "the dense model's predictions on the calibration data hold NaN or infinity")
     with torch.no_grad():
         drawn = torch.multinomial(flat.softmax(-1), 1, generator=generator)[:, 0]
     return F.cross_entropy(flat, drawn, reduction="sum")
+
+
+def _check_finite(values: Tensor, complaint: str) -> None:
+    # A sum is NaN or infinite as soon as one entry is.
+    if not bool(torch.isfinite(values.detach().float().sum())):
+        raise PadstError(f"{complaint}; check the model and the data")
 
 
 def _kept(values: Tensor, batch: Inputs) -> Tensor:

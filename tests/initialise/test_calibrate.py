@@ -190,7 +190,10 @@ def test_progress_and_mode_are_told(make_model, make_batches) -> None:
     progress = [event for event in result.events if isinstance(event, CalibrationProgress)]
     assert [event.done for event in progress] == list(range(1, 13))
     assert {event.total for event in progress} == {12}
-    assert texts(result) == ["calibrating 12 layers in 3 blocks, block by block from 1 full pass"]
+    assert texts(result) == [
+        "calibrating 12 layers in 3 blocks, block by block from 1 full pass",
+        "measuring how much each output of a layer matters to the dense model's prediction",
+    ]
 
 
 class Experts(nn.Module):

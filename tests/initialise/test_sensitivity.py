@@ -87,12 +87,18 @@ def test_a_layer_that_took_no_part_counts_alike_and_flags_come_back() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_gradients_that_are_not_finite_are_an_error() -> None:
+def test_what_is_not_finite_is_an_error() -> None:
+    x = torch.randn(1, 3, 5)
     model = _TwoLayers(headless=True)
     with torch.no_grad():
         model.two.weight[0, 0] = float("nan")
     with pytest.raises(PadstError, match="one: the gradient of the calibration loss is not finite"):
-        output_sensitivity(model, ["one"], [{"features": torch.randn(1, 3, 5)}], seed=0)
+        output_sensitivity(model, ["one"], [{"features": x}], seed=0)
+    with pytest.raises(PadstError, match="two: the outputs of this layer hold NaN"):
+        output_sensitivity(model, ["one", "two"], [{"features": x}], seed=0)
+    model.headless = False
+    with pytest.raises(PadstError, match="the dense model's predictions on the calibration data hold NaN"):
+        output_sensitivity(model, ["one"], [{"features": x}], seed=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
