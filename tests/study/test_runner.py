@@ -6,6 +6,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,22 @@ def interrupt_after_one(event: Event) -> None:
 
 def test_an_interrupt_lets_runs_save_and_the_next_call_resumes_them(bench: Bench) -> None:
     bench.fates({CELLS[1]: "slow"})
+    state = bench.output / "cells" / CELLS[1] / "run" / "state" / "progress.json"
+
+    def interrupt_once_both_are_at_work(event: Event) -> None:
+        if not isinstance(event, CellFinished):
+            return
+        deadline = time.monotonic() + 30  # a run that is still starting may lose an interrupt among its imports
+        while not state.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        bench.run(jobs=2, on_event=interrupt_after_one)
+        bench.run(jobs=2, on_event=interrupt_once_both_are_at_work)
     assert sorted(bench.calls) == sorted(f"{name} begun" for name in CELLS[:2])
     page = (bench.output / "STUDY.md").read_text()
     assert "1 of 4 cells done, 0 failed, 3 still to run" in page
-    assert (bench.output / "cells" / CELLS[1] / "run" / "state" / "progress.json").is_file()
+    assert state.is_file()
 
     result = bench.run(jobs=2)
     assert sorted(bench.calls) == sorted([f"{CELLS[1]} resumed", *(f"{name} begun" for name in CELLS[2:])])
