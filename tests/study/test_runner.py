@@ -168,25 +168,20 @@ def test_a_failing_cell_is_recorded_and_stops_nothing(bench: Bench, fate: str, s
     assert (again.failures, len(again.cells)) == ({}, 4)
 
 
-def interrupt_after_one(event: Event) -> None:
-    if isinstance(event, CellFinished):
-        raise KeyboardInterrupt
-
-
 def test_an_interrupt_lets_runs_save_and_the_next_call_resumes_them(bench: Bench) -> None:
     bench.fates({CELLS[1]: "slow"})
     state = bench.output / "cells" / CELLS[1] / "run" / "state" / "progress.json"
 
-    def interrupt_once_both_are_at_work(event: Event) -> None:
-        if not isinstance(event, CellFinished):
-            return
-        deadline = time.monotonic() + 30  # a run that is still starting may lose an interrupt among its imports
-        while not state.is_file() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        raise KeyboardInterrupt
+    def interrupt_after_one(event: Event) -> None:
+        if isinstance(event, CellFinished):
+            # The other must be at work: a process that is still importing may lose an interrupt.
+            deadline = time.monotonic() + 30
+            while not state.is_file() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(jobs=2, on_event=interrupt_once_both_are_at_work)
+        bench.run(jobs=2, on_event=interrupt_after_one)
     assert sorted(bench.calls) == sorted(f"{name} begun" for name in CELLS[:2])
     page = (bench.output / "STUDY.md").read_text()
     assert "1 of 4 cells done, 0 failed, 3 still to run" in page
