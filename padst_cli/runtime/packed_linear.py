@@ -244,7 +244,7 @@ class PackedLinear(nn.Module):
         if not is_dynamo_compiling() and self._native is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self.dense_weight().to(x.dtype), bias)
-        _prepare_for_tracing(self, x.dtype)
+        self._prepare_for_tracing(x.dtype)
         if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if isinstance(self._native, DenseInPlace):
                 return self._native(x, self._parameters["bias"])
@@ -255,6 +255,15 @@ class PackedLinear(nn.Module):
         layout = self._layout[1] if self._layout else self.layout()
         traced: Tensor = select(layout, x.numel() // self.in_features, x.dtype)(x, self.bias)
         return traced
+
+    @torch.compiler.assume_constant_result
+    def _prepare_for_tracing(self, dtype: torch.dtype) -> bool:
+        # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A
+        # graph keeps the values it was traced with until the module is moved, cast or loaded anew. A method, for torch
+        # up to 2.11 takes no module as the argument of such a function.
+        if dtype not in COMPACT_DTYPES or (self._native is None and self._compact(dtype) is None):
+            prepare(self.layout(), dtype)
+        return True
 
     def __getattr__(self, name: str) -> Any:
         if self.__dict__.get("_native") is not None and name in self._kept:
@@ -284,15 +293,6 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._expand()
         return dict(self.__dict__)
-
-
-@torch.compiler.assume_constant_result
-def _prepare_for_tracing(layer: PackedLinear, dtype: torch.dtype) -> bool:
-    # Runs while torch.compile traces, not in the graph: reordering values depends on data and would break it. A graph
-    # keeps the values it was traced with until the module is moved, cast or loaded anew.
-    if dtype not in COMPACT_DTYPES or (layer._native is None and layer._compact(dtype) is None):
-        prepare(layer.layout(), dtype)
-    return True
 
 
 def _state_of(values: Tensor) -> tuple[int, int]:
