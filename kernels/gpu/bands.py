@@ -17,14 +17,15 @@ The gradient is the same backwards: the two products of a tile are folded, unshe
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import rules, tuning
-from .common import Config, epilogue, parts_of, permuted, precision, write
+from .common import Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
 
 ROWS_OF_SPAN = 64
 
@@ -37,23 +38,30 @@ def side(band: int, dtype: torch.dtype) -> int:
 
 def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How a product may be cut for bands of `size`, the default first: the tile of tokens, how deep loads run ahead."""
+    return _space(limit_of(tokens, 64), size, dtype)
+
+
+@functools.cache
+def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, int, int], ...]
     if dtype is torch.float32:
         tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2))
-    elif tokens <= 64:
+    elif most == 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))
     elif size < 64:
         tiles = ((128, 4, 3), (128, 4, 2), (256, 8, 2), (64, 4, 3))
     else:  # the sums of more would not fit the registers
-        tiles = ((128, 8, 3), (128, 8, 2), (64, 4, 3))
-    return tuple(
-        Config(TILE=tile, ROWS=size, num_warps=warps, num_stages=stages) for tile, warps, stages in dict.fromkeys(tiles)
-    )
+        tiles = ((128, 8, 3), (128, 8, 2), (128, 4, 2), (64, 4, 3))
+    return tuple(Config(TILE=tile, ROWS=size, num_warps=warps, num_stages=stages) for tile, warps, stages in tiles)
 
 
 def gradient_space(tokens: int, tiles: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: tokens at a time, parts that they are cut into."""
-    split = parts_of(tokens, tiles)
+    return _gradient_space(parts_of(tokens, tiles), size, dtype)
+
+
+@functools.cache
+def _gradient_space(split: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     cuts = ((32, 4), (16, 4)) if dtype is torch.float32 else ((64, 4), (32, 4), (32, 8))
     splits = dict.fromkeys((split, 2 * split, max(split // 2, 1)))
     return tuple(
@@ -228,11 +236,11 @@ def launch(
     tokens, bands, slots = x.numel() // in_features, len(offsets) // size, _slots(out_features, in_features, tall, size)
     shape = {"out_features": out_features, "in_features": in_features, "slots": slots}
     tiles = torch.empty((bands, slots, size, size), dtype=values.dtype, device=x.device)
-    wrap_triton(tile_kernel)[(bands * slots,)](
+    launcher(tile_kernel, x)[(bands * slots,)](
         values=values, offsets=offsets, tiles=tiles, TALL=tall, SIZE=size, num_warps=4, **shape
     )
     cut = tuning.tuned("bands", space(tokens, size, x.dtype), tokens, x, values, out_features)
-    wrap_triton(band_kernel)[(triton.cdiv(out_features, size) * triton.cdiv(tokens, cut.TILE),)](
+    launcher(band_kernel, x)[(triton.cdiv(out_features, size) * triton.cdiv(tokens, cut.TILE),)](
         x=x, tiles=tiles, offsets=offsets, spans=spans, y=y, tokens=tokens, bands=bands,
         TALL=tall, EVEN=max(in_features, out_features) % 16 == 0, SPAN=ROWS_OF_SPAN, PRECISION=precision(x.dtype),
         **shape, **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
@@ -246,7 +254,7 @@ def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, offsets: Tensor, size
     cuts = gradient_space(tokens, bands * slots, size, x.dtype)
     cut = tuning.tuned("bands gradient", cuts, tokens, x, values, out_features)
     found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
-    wrap_triton(gradient_kernel)[(bands * slots * cut.SPLIT,)](
+    launcher(gradient_kernel, x)[(bands * slots * cut.SPLIT,)](
         x=x, dy=dy, offsets=offsets, found=found, tokens=tokens, out_features=out_features, in_features=in_features,
         bands=bands, slots=slots, TALL=tall, EVEN=max(in_features, out_features) % 16 == 0,
         PRECISION=precision(x.dtype), **cut.keywords(),

@@ -14,14 +14,15 @@ The gradient is a product for each block: dvalues[j, a, b] = sum over t: dy[t, r
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import tuning
-from .common import Config, epilogue, parts_of, permuted, precision, write
+from .common import Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
 from .operator import define
 
 FEW = 16
@@ -36,22 +37,26 @@ def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
 
     Few tokens: how many values of a row are under way at once. Many: the tile of tokens, and how deep loads run ahead.
     """
-    if tokens <= SCALAR:
-        tile = 1 if tokens == 1 else SCALAR
-        steps = ((256, 4), (128, 4), (128, 2), (512, 8)) if tile == 1 else ((64, 4), (128, 4), (64, 2), (128, 8))
-        return tuple(Config(TILE=tile, ROWS=16, STEP=step, num_warps=warps, num_stages=2) for step, warps in steps)
-    if tokens <= FEW:
-        splits = ((4, 64), (4, 32), (2, 64), (8, 32), (8, 64))
+    return _space(limit_of(tokens, 1, SCALAR, FEW, 64), size, dtype)
+
+
+@functools.cache
+def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    if most in (1, SCALAR):
+        steps = ((256, 4), (128, 4), (256, 2), (512, 8)) if most == 1 else ((64, 4), (128, 4), (64, 2), (128, 8))
+        return tuple(Config(TILE=most, ROWS=16, STEP=step, num_warps=warps, num_stages=2) for step, warps in steps)
+    if most == FEW:
+        splits = ((2, 64), (4, 64), (4, 32), (2, 128), (8, 32))
         return tuple(
             Config(TILE=16, ROWS=16, STEP=step, SPLIT=split, num_warps=split, num_stages=2) for split, step in splits
         )
     tiles: tuple[tuple[int, int, int, int], ...]
     if dtype is torch.float32:
         tiles = ((64, 16, 8, 2), (32, 16, 4, 2), (64, 32, 8, 2), (128, 16, 8, 2))
-    elif tokens <= 64:
+    elif most == 64:
         tiles = ((64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 2, 4), (64, 32, 4, 4))
     elif size < 64:
-        tiles = ((128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 4), (64, 64, 4, 3), (256, 32, 8, 3))
+        tiles = ((128, 32, 4, 4), (128, 64, 4, 3), (256, 32, 8, 3), (64, 64, 4, 3))
     else:  # the sums of more would not fit the registers
         tiles = ((128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3))
     return tuple(
@@ -65,7 +70,11 @@ def gradient_space(tokens: int, blocks: int, dtype: torch.dtype) -> tuple[Config
 
     Few blocks are many tokens' work each: cut into parts there are programs enough.
     """
-    split = parts_of(tokens, blocks)
+    return _gradient_space(parts_of(tokens, blocks), dtype)
+
+
+@functools.cache
+def _gradient_space(split: int, dtype: torch.dtype) -> tuple[Config, ...]:
     tiles = ((16, 4), (32, 4)) if dtype is torch.float32 else ((64, 4), (32, 4), (128, 8))
     splits = dict.fromkeys((split, 2 * split, max(split // 2, 1)))
     return tuple(
@@ -129,33 +138,50 @@ def few_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """16 rows for a tile of tokens: `SPLIT` steps at once on tensor cores, or one on CUDA cores where it is 0."""
-    RUN: tl.constexpr = min(STEP, SIZE)
     part = tl.program_id(0)
     token = tl.arange(0, TILE).to(tl.int64)
     row = part * ROWS + tl.arange(0, ROWS)
-    begin = tl.load(row_offsets + part * ROWS // SIZE) * SIZE
-    end = tl.load(row_offsets + part * ROWS // SIZE + 1) * SIZE
+    begin = tl.load(row_offsets + part * ROWS // SIZE)
+    end = tl.load(row_offsets + part * ROWS // SIZE + 1)
     if SPLIT == 0:
-        sums = tl.zeros((TILE, ROWS, STEP), dtype=tl.float32)
-        for start in range(begin, end, STEP):
-            entry = start + tl.arange(0, STEP)
-            column, live = columns_of(entry, end, col_indices, in_features, SIZE, RUN)
-            source = permuted(column, live, perm_in, PERM_IN)
+        # Blocks have an axis of their own, so that what is read once a block is not read for each of its columns.
+        BLOCKS: tl.constexpr = STEP // SIZE
+        inner = tl.arange(0, SIZE)
+        sums = tl.zeros((TILE, ROWS, BLOCKS, SIZE), dtype=tl.float32)
+        for start in range(begin, end, BLOCKS):
+            number = start + tl.arange(0, BLOCKS)
+            live = number < end
+            column = tl.load(col_indices + number, mask=live, other=0)[:, None] * SIZE + inner[None, :]
+            if TRANSPOSED:
+                number = tl.load(order + number, mask=live, other=0)
+            first = number.to(tl.int64)[None, :, None] * (SIZE * SIZE)
+            if TRANSPOSED:
+                place = first + inner[None, None, :] * SIZE + (row % SIZE)[:, None, None]
+            else:
+                place = first + (row % SIZE)[:, None, None] * SIZE + inner[None, None, :]
+            weight = tl.load(values + place, mask=live[None, :, None], other=0)
+            inside = live[:, None] & (column < in_features)
+            source = permuted(column, inside, perm_in, PERM_IN)
             inputs = tl.load(
-                x + token[:, None] * in_features + source[None, :],
-                mask=(token < tokens)[:, None] & live[None, :],
+                x + token[:, None, None] * in_features + source[None, :, :],
+                mask=(token < tokens)[:, None, None] & inside[None, :, :],
                 other=0,
             )
-            place = place_of(entry[None, :], end, row[:, None], order, SIZE, TRANSPOSED)
-            weight = tl.load(values + place, mask=(entry < end)[None, :], other=0)
             weight = weight.to(inputs.dtype).to(tl.float32)
-            sums += inputs.to(tl.float32)[:, None, :] * weight[None, :, :]
-        total = tl.sum(sums, axis=2)
+            sums += inputs.to(tl.float32)[:, None, :, :] * weight[None, :, :, :]
+        total = tl.sum(tl.sum(sums, axis=3), axis=2)
     else:
         sums = tl.zeros((SPLIT, TILE, ROWS), dtype=tl.float32)
-        for start in range(begin, end, SPLIT * STEP):
-            entry = start + tl.arange(0, SPLIT)[:, None] * STEP + tl.arange(0, STEP)[None, :]
-            column, live = columns_of(entry, end, col_indices, in_features, SIZE, 0)
+        end *= SIZE
+        for start in range(begin * SIZE, end, SPLIT * STEP):
+            head = start + tl.arange(0, SPLIT) * STEP
+            entry = head[:, None] + tl.arange(0, STEP)[None, :]
+            if STEP <= SIZE:
+                column = tl.load(col_indices + head // SIZE, mask=head < end, other=0) * SIZE + head % SIZE
+                column = column[:, None] + tl.arange(0, STEP)[None, :]
+                live = (head < end)[:, None] & (column < in_features)
+            else:
+                column, live = columns_of(entry, end, col_indices, in_features, SIZE, 0)
             source = permuted(column, live, perm_in, PERM_IN)
             inputs = tl.load(
                 x + token[None, :, None] * in_features + source[:, None, :],
@@ -230,7 +256,7 @@ class _Block:
         cut = tuning.tuned(name, space(tokens, size, x.dtype), tokens, x, values, out_features)
         kernel, tiles = (few_kernel, 1) if tokens <= FEW else (block_kernel, triton.cdiv(tokens, cut.TILE))
         more = {"SPLIT": cut.SPLIT} if tokens <= FEW else {}
-        wrap_triton(kernel)[(triton.cdiv(out_features, cut.ROWS) * tiles,)](
+        launcher(kernel, x)[(triton.cdiv(out_features, cut.ROWS) * tiles,)](
             x=x, values=values, y=y, order=order,
             row_offsets=column_offsets if transposed else row_offsets,
             col_indices=row_indices if transposed else col_indices,
@@ -246,7 +272,7 @@ class _Block:
         cuts = gradient_space(tokens, blocks, x.dtype)
         cut = tuning.tuned("block gradient", cuts, tokens, x, values, dy.shape[-1])
         found = torch.empty((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
-        wrap_triton(gradient_kernel)[(blocks * cut.SPLIT,)](
+        launcher(gradient_kernel, x)[(blocks * cut.SPLIT,)](
             x=x, dy=dy, found=found, col_indices=col_indices, row_indices=row_indices, order=order,
             tokens=tokens, out_features=dy.shape[-1], in_features=x.shape[-1], blocks=blocks,
             SIZE=size, PRECISION=precision(x.dtype), **cut.keywords(),

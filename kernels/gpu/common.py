@@ -7,6 +7,7 @@ its inverse `store` int32 `[out]`: row r of S belongs to output store[r].
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.library import wrap_triton
 
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
 """What an epilogue can apply: nothing, GELU, its approximation by tanh (Hendrycks and Gimpel, 2016), SiLU."""
@@ -35,7 +38,21 @@ class Config:
 
     def keywords(self) -> dict[str, int]:
         """As the keywords of a launch."""
-        return {key: value for key, value in asdict(self).items() if value}
+        return dict(_keywords(self))
+
+
+@functools.cache
+def _keywords(config: Config) -> tuple[tuple[str, int], ...]:
+    return tuple((key, value) for key, value in asdict(config).items() if value)
+
+
+MANY = 0
+"""More tokens than any limit."""
+
+
+def limit_of(tokens: int, *limits: int) -> int:
+    """The first of ascending `limits` that is not less than `tokens`, or MANY: what a space of Configs depends on."""
+    return next((limit for limit in limits if tokens <= limit), MANY)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -43,6 +60,16 @@ def precision(dtype: torch.dtype) -> str:
     if dtype is torch.float32 and torch.version.hip is None and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
+
+
+def direct(x: Tensor) -> bool:
+    """Whether x is at hand, with its memory: not while a graph is traced."""
+    return not is_compiling() and type(x) is Tensor
+
+
+def launcher(kernel: Any, x: Tensor) -> Any:
+    """What launches a kernel on x: itself, or, while a graph is traced, what puts it there."""
+    return kernel if direct(x) else wrap_triton(kernel)
 
 
 PROGRAMS = 264

@@ -3,7 +3,7 @@
 out >= in: y[t, r] = sum over k with i = (r - o_k) mod out < in: values[k, i] x[t, perm_in[i]]
 out < in: y[t, r] = sum over k: values[k, r] x[t, perm_in[(r + o_k) mod in]]
 
-Each form is the other one's transpose, with the same offsets and values. A program computes `ROWS` neighbouring rows
+Each form is the other one's transpose, with the same offsets and values. A program computes neighbouring rows
 for a tile of tokens: along a diagonal these are neighbouring values, so every value is read once a tile, coalesced, and
 used for all its tokens. `STEP` diagonals are summed side by side and added up at the end. Where out > in only some
 diagonals meet a range of rows; as offsets ascend these follow on each other (from the last on to the first), and
@@ -14,32 +14,40 @@ The gradient: dvalues[k, i] = sum over t: dy[t, r] x[t, c] with (r, c) the place
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import bands, tuning
-from .common import Config, epilogue, permuted, write
+from .common import MANY, Config, epilogue, launcher, limit_of, permuted, write
 from .operator import define
 
 ROWS = bands.ROWS_OF_SPAN
-"""Rows of a program, and so of a span."""
+"""Rows of a span, and the most of a program."""
 
 FEW = 16
 """Tokens up to which bands, too, run on CUDA cores."""
 
 
 def space(tokens: int) -> tuple[Config, ...]:
-    """How a product may be cut, the default first: diagonals side by side, warps."""
-    cuts: tuple[tuple[int, int], ...]
-    tile, cuts = 16, ((4, 4), (2, 4), (8, 8), (4, 8))
-    if tokens <= 4:
-        tile, cuts = 1 if tokens == 1 else 4, ((16, 4), (32, 4), (8, 4), (32, 8), (8, 2))
-    return tuple(Config(TILE=tile, ROWS=ROWS, STEP=step, num_warps=warps, num_stages=2) for step, warps in cuts)
+    """How a product may be cut, the default first: rows, diagonals side by side, warps."""
+    return _space(limit_of(tokens, 1, 4))
 
 
+@functools.cache
+def _space(most: int) -> tuple[Config, ...]:
+    cuts: tuple[tuple[int, int, int], ...] = ((64, 4, 4), (64, 2, 4), (64, 8, 8), (64, 4, 8))
+    if most != MANY:
+        cuts = ((16, 64, 4), (32, 64, 8), (64, 16, 4), (64, 32, 8), (16, 32, 2))
+    return tuple(
+        Config(TILE=most or 16, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts
+    )
+
+
+@functools.cache
 def gradient_space() -> tuple[Config, ...]:
     """How the gradient may be cut, the default first: diagonals side by side, tokens at a time."""
     cuts = ((8, 4), (16, 2), (4, 8), (8, 2))
@@ -64,7 +72,7 @@ def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
 @triton.jit
 def diag_kernel(  # type: ignore[no-untyped-def]
     x, values, offsets, spans, perm_in, store, bias, y, tokens, out_features, in_features, diagonals,
-    TALL: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    TALL: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile; programs of one tile of tokens are neighbours, so that its inputs stay in the cache."""
@@ -75,8 +83,8 @@ def diag_kernel(  # type: ignore[no-untyped-def]
     begin = 0
     end = diagonals
     if TALL:
-        begin = tl.load(spans + 2 * part)
-        end = tl.load(spans + 2 * part + 1)
+        begin = tl.load(spans + part * ROWS // SPAN * 2)
+        end = tl.load(spans + part * ROWS // SPAN * 2 + 1)
     partial = tl.zeros((TILE, STEP, ROWS), dtype=tl.float32)
     for start in range(begin, end, STEP):
         number = start + tl.arange(0, STEP)
@@ -154,9 +162,10 @@ class _Diag:
             bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
             return
         cut = tuning.tuned("diag", space(tokens), tokens, x, values, out_features)
-        wrap_triton(diag_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
+        launcher(diag_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, offsets=index[0], spans=index[1], y=y,
             tokens=tokens, out_features=out_features, in_features=in_features, diagonals=len(index[0]), TALL=tall,
+            SPAN=ROWS,
             **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
         )  # fmt: skip
 
@@ -170,7 +179,7 @@ class _Diag:
         cut = tuning.tuned("diag gradient", gradient_space(), x.numel() // in_features, x, values, out_features)
         found = torch.empty_like(values, dtype=torch.float32)
         grid = (triton.cdiv(near.shape[-1], cut.ROWS) * triton.cdiv(len(index[0]), cut.STEP),)
-        wrap_triton(gradient_kernel)[grid](
+        launcher(gradient_kernel, x)[grid](
             x=near, dy=far, offsets=index[0], found=found, tokens=x.numel() // in_features,
             long_features=far.shape[-1], short_features=near.shape[-1], diagonals=len(index[0]), **cut.keywords(),
         )  # fmt: skip

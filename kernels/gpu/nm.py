@@ -9,13 +9,14 @@ tokens.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import nm_tiles, tuning
-from .common import Config, epilogue, permuted, write
+from .common import Config, epilogue, launcher, limit_of, permuted, write
 from .operator import define
 
 FEW = 16
@@ -24,14 +25,22 @@ FEW = 16
 
 def space(tokens: int) -> tuple[Config, ...]:
     """How a product may be cut, the default first: rows, values of a row at a time, warps."""
-    tile, cuts = 16, ((4, 64, 4), (2, 128, 4), (4, 128, 8), (8, 32, 4))
-    if tokens == 1:
-        tile, cuts = 1, ((8, 128, 4), (4, 256, 4), (16, 128, 8), (4, 128, 2))
-    elif tokens <= 4:
-        tile, cuts = 4, ((4, 128, 4), (8, 64, 4), (2, 256, 4), (4, 64, 2))
-    return tuple(Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts)
+    return _space(limit_of(tokens, 1, 4))
 
 
+@functools.cache
+def _space(most: int) -> tuple[Config, ...]:
+    cuts: tuple[tuple[int, int, int], ...] = ((4, 64, 4), (2, 64, 4), (2, 128, 4), (4, 128, 8), (8, 32, 4))
+    if most == 1:
+        cuts = ((4, 512, 4), (1, 512, 4), (4, 128, 4), (8, 128, 4), (4, 128, 2))
+    elif most == 4:
+        cuts = ((4, 128, 4), (8, 64, 4), (2, 256, 4), (4, 64, 2))
+    return tuple(
+        Config(TILE=most or 16, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts
+    )
+
+
+@functools.cache
 def index_bits(m: int) -> int:
     """Bits of a packed index within groups of `m`: the least of 1, 2, 4 and 8 that holds m - 1."""
     return next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
@@ -95,7 +104,7 @@ class _NM:
             nm_tiles.launch(x, bias, values, indices, perm_in, store, y, group, transposed, activation)
             return
         cut = tuning.tuned("nm", space(tokens), tokens, x, values, out_features)
-        wrap_triton(nm_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
+        launcher(nm_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, indices=indices, y=y,
             tokens=tokens, out_features=out_features, in_features=in_features,
             slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], **group,

@@ -9,27 +9,33 @@ The gradient is the dense one, tile by tile, of which every slot picks its own e
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import tuning
-from .common import Config, epilogue, parts_of, permuted, precision, write
+from .common import Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
 
 
 def space(tokens: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How a product may be cut, the default first: the larger the tile of tokens, the rarer a weight is unpacked."""
+    return _space(limit_of(tokens, 16, 64), dtype)
+
+
+@functools.cache
+def _space(most: int, dtype: torch.dtype) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, ...], ...]
     if dtype is torch.float32:
         tiles = ((64, 64, 16, 8, 2), (64, 32, 32, 4, 2), (32, 64, 16, 4, 2))
-    elif tokens <= 16:
+    elif most == 16:
         tiles = ((16, 16, 128, 4, 2), (16, 32, 64, 4, 2), (16, 16, 64, 2, 2))
-    elif tokens <= 64:
+    elif most == 64:
         tiles = ((64, 32, 64, 4, 2), (64, 64, 64, 4, 2), (32, 32, 64, 4, 2))
     else:
-        tiles = ((128, 64, 64, 8, 2), (256, 64, 32, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 4, 2))
+        tiles = ((256, 64, 64, 8, 2), (256, 128, 32, 8, 2), (128, 64, 64, 8, 2), (128, 64, 32, 4, 2))
     return tuple(
         Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=stages)
         for tile, rows, step, warps, stages in tiles
@@ -38,7 +44,11 @@ def space(tokens: int, dtype: torch.dtype) -> tuple[Config, ...]:
 
 def gradient_space(tokens: int, tiles: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How the gradient may be cut, the default first, for `tiles` tiles of 64 x 64: tokens at a time, their parts."""
-    split = parts_of(tokens, tiles)
+    return _gradient_space(parts_of(tokens, tiles), dtype)
+
+
+@functools.cache
+def _gradient_space(split: int, dtype: torch.dtype) -> tuple[Config, ...]:
     cuts = ((16, 8), (32, 8)) if dtype is torch.float32 else ((64, 4), (32, 4), (64, 8))
     return tuple(
         Config(TILE=tile, ROWS=64, STEP=64, SPLIT=each, num_warps=warps, num_stages=2)
@@ -144,7 +154,7 @@ def launch(
     tokens = x.numel() // in_features
     name = "nm tiles transposed" if transposed else "nm tiles"
     cut = tuning.tuned(name, space(tokens, x.dtype), tokens, x, values, out_features)
-    wrap_triton(tile_kernel)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
+    launcher(tile_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
         x=x, values=values, indices=indices, y=y, tokens=tokens, out_features=out_features, in_features=in_features,
         slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], TRANSPOSED=transposed,
         PRECISION=precision(x.dtype), **group, **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
@@ -159,7 +169,7 @@ def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, indices: Tensor, grou
     cut = tuning.tuned("nm gradient", cuts, tokens, x, values, out_features)
     tiles = triton.cdiv(out_features, cut.ROWS) * triton.cdiv(in_features, cut.STEP)
     found = torch.zeros((cut.SPLIT, *values.shape), dtype=torch.float32, device=x.device)
-    wrap_triton(gradient_kernel)[(tiles * cut.SPLIT,)](
+    launcher(gradient_kernel, x)[(tiles * cut.SPLIT,)](
         x=x, dy=dy, indices=indices, found=found, tokens=tokens, out_features=out_features, in_features=in_features,
         slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1],
         PRECISION=precision(x.dtype), **group, **cut.keywords(),

@@ -10,14 +10,15 @@ and in their shape: that of S on its support alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, triton_op
 
-from .permute import WORTH, inverse, permute
+from .common import direct
+from .permute import WORTH, inverse, kept_inverse, permute
 
 
 class Family(Protocol):
@@ -46,11 +47,31 @@ def empty_output(x: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
+class Operator:
+    """An operator that is not gone through where nothing asks for it: with tensors at hand and no gradient to record.
+
+    Torch's dispatch of an operator written in Python takes several times as long as the launch of a kernel.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], operator: CustomOpDef) -> None:
+        self._function, self.operator = function, operator
+
+    def __call__(self, x: Tensor, second: Tensor | None, values: Tensor, *rest: Any) -> Tensor:
+        """As the operator; `second` is the bias or dy."""
+        if direct(x) and not (torch.is_grad_enabled() and any(map(_recorded, (x, second, values)))):
+            return self._function(x, second, values, *rest)
+        result: Tensor = self.operator(x, second, values, *rest)
+        return result
+
+
+def _recorded(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def define(family: type[Family]) -> tuple[Operator, Operator]:
     """The operators (product, gradient) of a structure's kernels."""
 
-    @triton_op(f"padst::triton_{family.NAME}_gradient", mutates_args=())
-    def gradient(
+    def gradient_of(
         x: Tensor,
         dy: Tensor,
         values: Tensor,
@@ -66,6 +87,8 @@ def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
         dy = dy if store is None else permute(dy, store)
         return family.launch_gradient(x, dy, values, index, parameters)
 
+    gradient: Any = triton_op(f"padst::triton_{family.NAME}_gradient", gradient_of, mutates_args=())
+
     @gradient.register_fake
     def _(
         x: Tensor,
@@ -79,8 +102,7 @@ def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
         del x, dy, index, perm_in, store, parameters
         return torch.empty_like(values, dtype=torch.float32)
 
-    @triton_op(f"padst::triton_{family.NAME}", mutates_args=())
-    def product(
+    def product_of(
         x: Tensor,
         bias: Tensor | None,
         values: Tensor,
@@ -102,9 +124,11 @@ def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
         later: Tensor | None = None
         if store is not None and tokens * out_features > WORTH:
             bias = None if bias is None else bias.index_select(0, store)
-            later, store = inverse(store), None
+            later, store = kept_inverse(store) if direct(x) else inverse(store), None
         family.launch(x, bias, values, index, perm_in, store, y, parameters, transposed, activation)
         return y if later is None else permute(y, later)
+
+    product: Any = triton_op(f"padst::triton_{family.NAME}", product_of, mutates_args=())
 
     @product.register_fake
     def _(
@@ -123,7 +147,7 @@ def define(family: type[Family]) -> tuple[CustomOpDef, CustomOpDef]:
         return empty_output(x, out_features)
 
     _differentiable(product, gradient)
-    return product, gradient
+    return Operator(product_of, product), Operator(gradient_of, gradient)
 
 
 def _differentiable(product: CustomOpDef, gradient: CustomOpDef) -> None:

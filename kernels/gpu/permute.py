@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .common import launcher
 
 WORTH = 1 << 19
 """Scattered reads or writes that take as long as a pass of its own with its launch: at 25 cycles for every 32 of them
@@ -46,7 +48,7 @@ def permute(x: Tensor, index: Tensor) -> Tensor:
     y = torch.empty_like(x)
     rows = x.numel() // width
     repeat = 1 if rows <= FEW_ROWS else 4
-    wrap_triton(permute_kernel)[(triton.cdiv(rows, repeat),)](
+    launcher(permute_kernel, x)[(triton.cdiv(rows, repeat),)](
         x=x, index=index, y=y, rows=rows, width=width,
         WIDTH=triton.next_power_of_2(width), REPEAT=repeat, num_warps=4 if width <= 4096 else 8,
     )  # fmt: skip
@@ -57,3 +59,19 @@ def inverse(permutation: Tensor) -> Tensor:
     """int32 `[n]`: inverse[permutation[i]] = i."""
     numbers = torch.arange(len(permutation), dtype=torch.int32, device=permutation.device)
     return torch.empty_like(permutation, dtype=torch.int32).scatter_(0, permutation.long(), numbers)
+
+
+_inverses: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def kept_inverse(permutation: Tensor) -> Tensor:
+    """`inverse`, made once for as long as the permutation is there and stays what it is."""
+    version = 0 if permutation.is_inference() else permutation._version
+    known: tuple[int, Tensor] | None = _inverses.get(permutation)
+    if known is not None and known[0] == version:
+        return known[1]
+    made = inverse(permutation)
+    # What a graph computes while it is captured holds nothing before the graph is replayed.
+    if not (permutation.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _inverses[permutation] = (version, made)
+    return made

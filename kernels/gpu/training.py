@@ -48,6 +48,7 @@ class TritonTraining:
         # Behind the weight's last entry there is one that takes what belongs nowhere.
         self._places = torch.where(outside, mask.numel(), operands.values - 1)
         self._outside = outside if bool(outside.any()) else None
+        self._sources = self._places if self._outside is None else self._places.clamp(max=mask.numel() - 1)
         self._loaded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def fits(self, mask: Tensor, perm_in: Tensor | None, perm_out: Tensor | None) -> bool:
@@ -99,7 +100,7 @@ class TritonTraining:
     def _values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         state = (weight.data_ptr(), weight._version, dtype)
         if self._loaded is None or self._loaded[0] != state:
-            values = weight.detach().take(self._places.clamp(max=weight.numel() - 1)).to(dtype)
+            values = weight.detach().take(self._sources).to(dtype)
             if self._outside is not None:
                 values.masked_fill_(self._outside, 0.0)
             self._loaded = (state, values)

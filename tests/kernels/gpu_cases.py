@@ -49,6 +49,8 @@ def on(case, device):
     layout.tensors = {key: tensor.to(device) for key, tensor in layout.tensors.items()}
     layout.perm_in = None if layout.perm_in is None else layout.perm_in.to(device)
     layout.perm_out = None if layout.perm_out is None else layout.perm_out.to(device)
+    weight = layout.materialise().to(device)
+    layout.materialise = lambda: weight
     return layout
 
 

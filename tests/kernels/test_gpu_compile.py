@@ -57,7 +57,12 @@ def block_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[La
 def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
     del dtype
     for cut, tall in product(cuts(diag.space, whole=whole), (True, False)):
-        yield diag.diag_kernel, {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"}, {"TALL": tall}, cut
+        yield (
+            diag.diag_kernel,
+            {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"},
+            {"TALL": tall, "SPAN": diag.ROWS},
+            cut,
+        )
     for cut in diag.gradient_space()[: None if whole else 1]:
         yield diag.gradient_kernel, {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}, {}, cut
 

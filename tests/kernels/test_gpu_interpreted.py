@@ -112,6 +112,14 @@ if INTERPRETED:
         assert torch.equal(permute.permute(x, index), x[..., index.long()])
         assert torch.equal(permute.inverse(index), torch.argsort(index))
 
+    def test_an_inverse_is_kept_until_the_permutation_changes():
+        index = torch.randperm(9).to(torch.int32)
+        kept = permute.kept_inverse(index)
+        assert torch.equal(kept, permute.inverse(index))
+        assert permute.kept_inverse(index) is kept
+        index.copy_(index.flip(0))
+        assert torch.equal(permute.kept_inverse(index), permute.inverse(index))
+
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
     def test_values_are_converted_to_the_dtype_of_the_input(make_case, family, shape):
         structure, options = FAMILIES[family]
@@ -189,7 +197,7 @@ if INTERPRETED:
         kernel = layer.TritonKernel(on(make_case(structure, 32, 48, 0.3, "io", **options), CPU))
         x, bias = torch.randn(3, 48, requires_grad=True), torch.randn(32)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(kernel._operator, (x, bias, *kernel._packed, "silu"), test_utils=checks)
+        torch.library.opcheck(kernel._operator.operator, (x, bias, *kernel._packed, "silu"), test_utils=checks)
 
     @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
     def test_a_packed_layer_takes_its_kernel(monkeypatch, structure):
