@@ -134,10 +134,10 @@ def _steps(layout: Layout, device: torch.device, dtype: torch.dtype) -> Steps[st
 
 
 def _ruled_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.dtype) -> str:
-    band = int(layout.parameters.get("band", 1))
-    if rules.serves(layout.structure, device, tokens, dtype, layout.tensors["values"].dtype, band):
+    values = layout.tensors["values"].dtype
+    if rules.serves(layout.structure, device, tokens, dtype, values, layout.density, layout.parameters):
         return rules.kernel_name(layout.structure)
-    if layout.structure == "block" and layout.density <= GATHER_MAX_DENSITY:
+    if device.type != "cuda" and layout.structure == "block" and layout.density <= GATHER_MAX_DENSITY:
         return GatherBmm.name
     return DenseMatmul.name
 

@@ -130,7 +130,7 @@ def test_what_a_group_does_not_use_those_after_it_may(monkeypatch):
     monkeypatch.setattr(gpu_table.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(gpu_table, "_run_group", lambda group, _, allowed: seen.append((group.name, allowed)) or {})
     table = [Group(name, gpu_table.BUDGET / 3, ()) for name in "abc"]
-    gpu_table.collect(table, given(budget=90.0))
+    assert list(gpu_table.collect(table, given(budget=90.0))) == [{}, {}, {}]
     assert seen == [("a", pytest.approx(30.0)), ("b", pytest.approx(56.0))]
 
 
@@ -147,9 +147,24 @@ def test_the_exit_code_says_whether_every_row_was_measured(monkeypatch, tmp_path
     figures = {"dense": 1.0, "sparse": 1.0, "unit": "us", "speedup": 1.0, "kernels": "k"}
     names = [row.name for group in groups(TINY) for row in group.rows]
     found = dict.fromkeys(names if complete else names[:-1], figures)
-    monkeypatch.setattr(gpu_table, "collect", lambda *_: found)
+    monkeypatch.setattr(gpu_table, "collect", lambda *_: iter([found]))
     assert gpu_table.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "page.md")]) == code
     assert capsys.readouterr().out.strip() == (tmp_path / "page.md").read_text().strip()
+
+
+def test_rows_that_are_there_outlive_the_run(monkeypatch, tmp_path, capsys):
+    name = groups(TINY)[0].rows[0].name
+    figures = {"dense": 2.0, "sparse": 1.0, "unit": "us", "speedup": 2.0, "kernels": "k"}
+
+    def collect(*_):
+        yield {name: figures}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_table, "collect", collect)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_table.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "page.md")])
+    assert "2.00x" in (tmp_path / "page.md").read_text()
+    assert "2.00x" in capsys.readouterr().out
 
 
 def test_ended_by_a_signal_it_ends_what_it_started(monkeypatch):

@@ -5,8 +5,8 @@ y[t, r] = sum over the blocks j of r's block row, over i < B: values[j, r mod B,
 The blocks of a row are one long reduction of B times their number, cut into steps that may hold several blocks or part
 of one. Many tokens: a program computes a whole block row for a tile of tokens, so each value is read once a tile.
 Few tokens: 16 rows of a block a program, whose warps share its steps and add up in the end, so that enough reads are
-under way to keep the memory busy, also where one block row is much longer than the others; every value is read once. Up
-to 4 tokens on CUDA cores, more on tensor cores padded to 16.
+under way to keep the memory busy, also where one block row is much longer than the others; every value is read once.
+One token on CUDA cores, more on tensor cores padded to 16.
 
 S transposed is block-CSR by columns: the same kernels with the blocks read in another `order`, each of them transposed.
 The gradient is a product for each block: dvalues[j, a, b] = sum over t: dy[t, row[j] B + a] x[t, col[j] B + b].
@@ -28,23 +28,20 @@ from .operator import define
 FEW = 16
 """Tokens up to which the weight is read by 16 rows a program; the least side of a tensor-core tile."""
 
-SCALAR = 4
-"""Tokens up to which the sums run on CUDA cores."""
-
 
 def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """How a product may be cut for blocks of `size` and activations of `dtype`, the default first.
 
     Few tokens: how many values of a row are under way at once. Many: the tile of tokens, and how deep loads run ahead.
     """
-    return _space(limit_of(tokens, 1, SCALAR, FEW, 64), size, dtype)
+    return _space(limit_of(tokens, 1, FEW, 64), size, dtype)
 
 
 @functools.cache
 def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    if most in (1, SCALAR):
-        steps = ((256, 4), (128, 4), (256, 2), (512, 8)) if most == 1 else ((64, 4), (128, 4), (64, 2), (128, 8))
-        return tuple(Config(TILE=most, ROWS=16, STEP=step, num_warps=warps, num_stages=2) for step, warps in steps)
+    if most == 1:
+        steps = ((256, 4), (256, 2), (128, 4), (512, 4))
+        return tuple(Config(TILE=1, ROWS=16, STEP=step, num_warps=warps, num_stages=2) for step, warps in steps)
     if most == FEW:
         splits = ((2, 64), (4, 64), (4, 32), (2, 128), (8, 32))
         return tuple(
@@ -137,7 +134,7 @@ def few_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr, PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """16 rows for a tile of tokens: `SPLIT` steps at once on tensor cores, or one on CUDA cores where it is 0."""
+    """16 rows for a tile of tokens: `SPLIT` steps at once on tensor cores, or one token on CUDA cores where it is 0."""
     part = tl.program_id(0)
     token = tl.arange(0, TILE).to(tl.int64)
     row = part * ROWS + tl.arange(0, ROWS)
@@ -147,29 +144,24 @@ def few_kernel(  # type: ignore[no-untyped-def]
         # Blocks have an axis of their own, so that what is read once a block is not read for each of its columns.
         BLOCKS: tl.constexpr = STEP // SIZE
         inner = tl.arange(0, SIZE)
-        sums = tl.zeros((TILE, ROWS, BLOCKS, SIZE), dtype=tl.float32)
+        products = tl.zeros((ROWS, BLOCKS, SIZE), dtype=tl.float32)
         for start in range(begin, end, BLOCKS):
             number = start + tl.arange(0, BLOCKS)
             live = number < end
-            column = tl.load(col_indices + number, mask=live, other=0)[:, None] * SIZE + inner[None, :]
+            stored = number
             if TRANSPOSED:
-                number = tl.load(order + number, mask=live, other=0)
-            first = number.to(tl.int64)[None, :, None] * (SIZE * SIZE)
+                stored = tl.load(order + number, mask=live, other=0)
+            place = stored.to(tl.int64)[None, :, None] * (SIZE * SIZE)
             if TRANSPOSED:
-                place = first + inner[None, None, :] * SIZE + (row % SIZE)[:, None, None]
+                place += inner[None, None, :] * SIZE + (row % SIZE)[:, None, None]
             else:
-                place = first + (row % SIZE)[:, None, None] * SIZE + inner[None, None, :]
+                place += (row % SIZE)[:, None, None] * SIZE + inner[None, None, :]
             weight = tl.load(values + place, mask=live[None, :, None], other=0)
+            column = tl.load(col_indices + number, mask=live, other=0)[:, None] * SIZE + inner[None, :]
             inside = live[:, None] & (column < in_features)
-            source = permuted(column, inside, perm_in, PERM_IN)
-            inputs = tl.load(
-                x + token[:, None, None] * in_features + source[None, :, :],
-                mask=(token < tokens)[:, None, None] & inside[None, :, :],
-                other=0,
-            )
-            weight = weight.to(inputs.dtype).to(tl.float32)
-            sums += inputs.to(tl.float32)[:, None, :, :] * weight[None, :, :, :]
-        total = tl.sum(tl.sum(sums, axis=3), axis=2)
+            inputs = tl.load(x + permuted(column, inside, perm_in, PERM_IN), mask=inside, other=0)
+            products += weight.to(inputs.dtype).to(tl.float32) * inputs.to(tl.float32)[None, :, :]
+        total = tl.sum(tl.sum(products, axis=2), axis=1)[None, :]
     else:
         sums = tl.zeros((SPLIT, TILE, ROWS), dtype=tl.float32)
         end *= SIZE

@@ -13,7 +13,7 @@ import torch
 from ..cost import WORTH
 from ..layout import Layout
 from ..steps import GRID, Steps, octave
-from . import measured, rules
+from . import measured
 
 DENSE = "torch-dense"
 
@@ -45,8 +45,7 @@ def steps(layout: Layout, device: torch.device, dtype: torch.dtype, rule: Callab
     """The name of the path for every number of tokens; `rule` names one where nothing is measured."""
     figures = measured.of(device).paths.get(signature(layout, dtype), {})
     known = Steps.of({tokens: fastest(seconds) for tokens, seconds in figures.items()})
-    marks = sorted({*GRID, rules.SCALAR_TOKENS})
-    return Steps.of({mark: known.at(mark) or rule(mark) for mark in marks})
+    return Steps.of({mark: known.at(mark) or rule(mark) for mark in GRID})
 
 
 def fastest(seconds: Mapping[str, float]) -> str:

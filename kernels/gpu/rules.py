@@ -1,8 +1,8 @@
 """When a layer runs on padst's own Triton kernels, and their names: what is known without triton being there.
 
-Triton asks for compute capability 8.0 or later on NVIDIA. The rules hold where nothing was measured (paths.py); they
-are simple and rest on arithmetic: blocks, bands of diagonals and unpacked N:M run on tensor cores and take any number
-of tokens; single diagonals run on CUDA cores, which win while reading the weight is what costs.
+Triton asks for compute capability 8.0 or later on NVIDIA. The rules hold where nothing was measured (paths.py). They
+are what one H200 said (BENCHMARKS.md, "GPU kernels"): a kernel runs where it beat the dense product there, at densities
+that leave it a margin. Blocks did so with few tokens and many; diagonals and N:M with one token alone.
 """
 
 from __future__ import annotations
@@ -17,32 +17,40 @@ from torch import Tensor
 STRUCTURES = frozenset({"block", "diag", "nm"})
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-SCALAR_TOKENS = 64
-"""Most tokens of single diagonals. At a density of 0.1 the arithmetic of an H200 lets them win over the dense product
-below about 70 to 180 tokens, by the layer's size.
+FEW_TOKENS = 16
+"""Tokens up to which a block layer's time is that of reading its weight."""
+
+FEW_DENSITY = {"block": 0.25, "diag": 0.15, "nm": 0.15}
+"""Densest layers that beat the dense product with one token (blocks: with few) on an H200, 4096 -> 11008 in bfloat16:
+at a density of 0.1 they were 2.9, 1.7 and 1.8 times as fast, and their time grows with the density.
 """
 
 BAND_SIDES = (64, 32, 16)
 """Sides of the tiles that bands are multiplied as."""
 
 READ_COST = 136
-"""Multiply-adds that a dense product does while a sparse one reads one 16-bit activation from the second-level cache:
-109 on an H100 (300 T/s against 2.75 T/s), a quarter more because a gain should be seen.
+"""Multiply-adds that a dense product does while a block layer reads one 16-bit activation from the second-level cache:
+119 on an H200 (417 T/s against 3.5 T/s, blocks of 32, 4096 -> 11008), and some more because a gain should be seen.
 """
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def serves(
-    structure: str, device: torch.device, tokens: int, dtype: torch.dtype, value_dtype: torch.dtype, band: int = 1
+    structure: str,
+    device: torch.device,
+    tokens: int,
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    density: float,
+    parameters: Mapping[str, Any],
 ) -> bool:
-    """Whether a Triton kernel computes `tokens` rows of `dtype` on this device, from values of `value_dtype`.
-
-    Diagonals come in runs of `band`.
-    """
+    """Whether a Triton kernel is the path for `tokens` rows of `dtype` on this device, from values of `value_dtype`."""
     if device.type != "cuda" or not computes(structure, dtype, value_dtype):
         return False
-    return structure != "diag" or band_side(band) > 0 or tokens <= SCALAR_TOKENS
+    if structure == "block" and tokens > FEW_TOKENS:
+        return training_pays(structure, parameters, density)
+    return density <= FEW_DENSITY[structure] and (structure == "block" or tokens == 1)
 
 
 def computes(structure: str, dtype: torch.dtype, value_dtype: torch.dtype) -> bool:
@@ -71,14 +79,9 @@ def trains(x: Tensor, weight: Tensor) -> bool:
 
 
 def training_pays(structure: str, parameters: Mapping[str, Any], density: float) -> bool:
-    """Whether they are predicted to beat dense products in training, where tokens are many.
+    """Whether they are predicted to beat dense products where tokens are many, as in training.
 
-    Blocks of B use an activation B times for each time it is read, bands half as often; the dense product does 1 /
-    density times the multiply-adds. Single diagonals and N:M stay dense: their gradients do the dense product's work.
+    Blocks of B use an activation B times for each time it is read; the dense product does 1 / density times the
+    multiply-adds. Diagonals, also in bands, and N:M stay dense: on an H200 they were slower at GPT-2 small's sizes.
     """
-    uses = 0.0
-    if structure == "block":
-        uses = float(parameters["block_size"])
-    elif structure == "diag":
-        uses = band_side(int(parameters["band"])) / 2
-    return density * READ_COST <= uses
+    return structure == "block" and density * READ_COST <= float(parameters["block_size"])

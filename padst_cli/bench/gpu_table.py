@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = groups(sizes)
     # By default a signal would end this process alone, and leave a group's behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    found: dict[str, Mapping[str, Any]] = {}
+    text = ""
     try:
-        found = collect(table, given)
+        for rows in collect(table, given):
+            found.update(rows)
+            text = page(table, found, given.device, given.dtype)
+            if given.output:  # after every group: what ends this run costs no rows that are there
+                Path(given.output).write_text(text, encoding="utf-8")
     finally:
         signal.signal(signal.SIGTERM, before)
-    text = page(table, found, given.device, given.dtype)
-    print(text)
-    if given.output:
-        Path(given.output).write_text(text, encoding="utf-8")
+        print(text)
     return 0 if all("speedup" in found.get(row.name, {}) for group in table for row in group.rows) else 1
 
 
@@ -77,17 +80,16 @@ def measure(group: Group, setting: Setting, results: Path) -> None:
             file.write(json.dumps({"row": row.name, **line}) + "\n")
 
 
-def collect(table: Sequence[Group], given: argparse.Namespace) -> Found:
-    """Run every group in a process of its own; what one does not use of its budget those after it may."""
+def collect(table: Sequence[Group], given: argparse.Namespace) -> Iterator[Found]:
+    """Run every group in a process of its own, and give its rows; what one does not use of its budget those after it
+    may.
+    """
     end, scale = time.monotonic() + given.budget, given.budget / BUDGET
-    found: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(table):
         reserved = scale * sum(later.budget for later in table[number + 1 :])
         allowed = end - reserved - time.monotonic()
         print(f"{group.name}: at most {max(0, round(allowed))} s", file=sys.stderr)
-        if allowed > 0:
-            found.update(_run_group(group, given, allowed))
-    return found
+        yield _run_group(group, given, allowed) if allowed > 0 else {}
 
 
 def _run_group(group: Group, given: argparse.Namespace, allowed: float) -> dict[str, dict[str, Any]]:

@@ -92,26 +92,24 @@ def test_recalibrating_counts_for_the_layers_to_come(make_case, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_names_on_a_gpu(make_case, monkeypatch, dtype):
     monkeypatch.setattr(rules, "HAS_TRITON", True)
-    few, more = (1, rules.SCALAR_TOKENS), (rules.SCALAR_TOKENS + 1, 1 << 20)
+    for structure, options in (("diag", {}), ("diag", {"band": 64}), ("nm", {"nm": (1, 10)}), ("block", {})):
+        layout = make_case(structure, 640, 640, 0.1, **options).layout
+        triton = f"cuda-triton-{structure}"
+        assert name(layout, 1, CUDA, dtype) == triton
+        expected = triton if structure == "block" else "torch-dense"
+        assert {name(layout, tokens, CUDA, dtype) for tokens in (2, 16, 17, 1 << 20)} == {expected}
     for structure in ("diag", "nm", "block"):
-        layout = make_case(structure, 64, 64, 0.2).layout
-        assert {name(layout, tokens, CUDA, dtype) for tokens in few} == {f"cuda-triton-{structure}"}
-        on_many = "torch-dense" if structure == "diag" else f"cuda-triton-{structure}"
-        assert {name(layout, tokens, CUDA, dtype) for tokens in more} == {on_many}
-    assert name(make_case("diag", 64, 64, 0.5, band=16).layout, 1 << 20, CUDA, dtype) == "cuda-triton-diag"
+        assert name(make_case(structure, 640, 640, 0.5).layout, 1, CUDA, dtype) == "torch-dense"
+    assert name(make_case("block", 640, 640, 0.2, block_size=16).layout, 17, CUDA, dtype) == "torch-dense"
     assert name(make_case("unstructured", 64, 64, 0.2).layout, 1, CUDA, dtype) == "torch-dense"
 
 
 def test_training_pays_on_a_gpu_where_an_activation_is_used_often():
-    for structure, parameters, limit in (
-        ("block", {"block_size": 64}, 64 / rules.READ_COST),
-        ("block", {"block_size": 16}, 16 / rules.READ_COST),
-        ("diag", {"band": 64}, 32 / rules.READ_COST),
-        ("diag", {"band": 48}, 8 / rules.READ_COST),
-    ):
-        assert rules.training_pays(structure, parameters, 0.99 * limit)
-        assert not rules.training_pays(structure, parameters, 1.01 * limit)
-    for structure, parameters in (("diag", {"band": 1}), ("nm", {"n": 1, "m": 10}), ("unstructured", {})):
+    for size in (16, 64):
+        limit = size / rules.READ_COST
+        assert rules.training_pays("block", {"block_size": size}, 0.99 * limit)
+        assert not rules.training_pays("block", {"block_size": size}, 1.01 * limit)
+    for structure, parameters in (("diag", {"band": 64}), ("nm", {"n": 1, "m": 10}), ("unstructured", {})):
         assert not rules.training_pays(structure, parameters, 0.01)
 
 
