@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,7 @@ def study(
             _show_cells(console, expand(chosen))
             return
         folder = output or Path(Path(recipe).stem if recipe else "study")
-        command = shlex.join(["padst", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        command = _command(sys.argv[1:], to=True)
         try:
             with console.progress() as on_event:
                 result = run_study(
@@ -90,7 +90,7 @@ def study(
                     device=common.device.value,
                     overwrite=overwrite,
                     on_event=on_event,
-                    command=command,
+                    command=_command(sys.argv[1:], to=False),
                 )
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted, the runs have saved their state; go on with: {command}") from None
@@ -98,6 +98,18 @@ def study(
         if result.failures:
             console.message(f"{len(result.failures)} cells failed; the same command tries them again")
             raise typer.Exit(1)
+
+
+def _command(words: Sequence[str], to: bool) -> str:
+    """The command as it was given, without --overwrite; unless `to`, without the folder: it is where its page lies."""
+    kept = [word for word in words if word != "--overwrite"]
+    if not to:
+        kept = [
+            word
+            for before, word in zip(["", *kept], kept, strict=False)
+            if "--output" not in (before, word) and not word.startswith("--output=")
+        ]
+    return shlex.join(["padst", *kept])
 
 
 def _model(model: str | None, data: str | None, eval_data: str | None) -> list[Mapping[str, Any]] | None:

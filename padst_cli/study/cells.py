@@ -10,7 +10,16 @@ from typing import Any, Final
 from padst_cli.assets import EMBEDDED_MODEL
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe, dotted
-from padst_cli.study.recipe import CONTROLS, EMBEDDED, ONE_SHOT, PERMUTATIONS, Changes, StudyModel, StudyRecipe
+from padst_cli.study.recipe import (
+    CONTROLS,
+    EMBEDDED,
+    ONE_SHOT,
+    PERMUTATIONS,
+    Changes,
+    StudyModel,
+    StudyRecipe,
+    expanded,
+)
 
 UNSTRUCTURED: Final = "unstructured"
 HALF: Final = 0.5
@@ -84,9 +93,9 @@ def _cell(
         and sparsity == (model.sparsities or study.sparsities)[0]
     )
     place: dict[str, Any] = {
-        "model": str(EMBEDDED_MODEL) if model.model == EMBEDDED else model.model,
-        "data": model.data,
-        "eval_data": model.eval_data,
+        "model": str(EMBEDDED_MODEL) if model.model == EMBEDDED else expanded(model.model),
+        "data": expanded(model.data),
+        "eval_data": expanded(model.eval_data),
         "sparsity": sparsity,
         "seed": seed,
         "training.steps": 0 if method in ONE_SHOT else study.steps,

@@ -8,7 +8,7 @@ from typing import Final
 
 from padst_cli.checkpoint.model_card import metric_name
 from padst_cli.study.figures import CellFigures
-from padst_cli.study.recipe import CONTROLS, ONE_SHOT, PERMUTATIONS, StudyRecipe
+from padst_cli.study.recipe import CONTROLS, ONE_SHOT, PERMUTATIONS, StudyRecipe, expanded
 from padst_cli.study.statistics import CLEAR, Interval
 from padst_cli.study.summary import Comparison, Contrast, ModelSummary, Row
 
@@ -41,8 +41,9 @@ def study_page(
 ) -> str:
     """The whole page; `failures` are sentences by cell, `charts` file names by model, `open_cells` of them wait."""
     parts = [_opening(study, cells, len(failures), open_cells, command)]
+    written = {expanded(model.eval_data): model.eval_data for model in study.models}
     for summary in summaries:
-        parts += [_model(summary, charts[summary.model])]
+        parts += [_model(summary, charts[summary.model], written)]
         for comparison in summary.comparisons:
             parts += [_comparison(summary, comparison)]
     if failures:
@@ -85,13 +86,15 @@ def _opening(study: StudyRecipe, cells: Sequence[CellFigures], failed: int, open
     return "\n\n".join(lines)
 
 
-def _model(summary: ModelSummary, chart: str) -> str:
+def _model(summary: ModelSummary, chart: str, written: Mapping[str | None, str | None]) -> str:
+    """The section of a model; `written` is how the study's recipe spells the data that judges."""
     name = metric_name(summary.metric)
     rows = [("dense, as it came", "0", *_score_cells(summary, Interval(summary.dense, None, None, None, 1), False))]
     if summary.finetuned is not None:
         scores = _score_cells(summary, summary.finetuned)
         rows.append(("dense, fine-tuned as long", _value(summary.finetuned_kl), *scores))
-    data = sorted({cell.eval_data for comparison in summary.comparisons for cell in comparison.cells})
+    judges = {cell.eval_data for comparison in summary.comparisons for cell in comparison.cells}
+    data = sorted(written.get(data) or data for data in judges)
     return "\n\n".join(
         [
             f"## {summary.model}",

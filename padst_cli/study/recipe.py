@@ -51,10 +51,16 @@ ONE_SHOT: Final[Mapping[str, Changes]] = {
 """What is never trained: padst's own start, and the baselines of the literature."""
 
 
+def expanded(path: str | None) -> str | None:
+    """A path with its environment variables filled in."""
+    return None if path is None else os.path.expandvars(path)
+
+
 class StudyModel(Strict):
     """One model of the grid: a hub id, a folder, or `embedded`; its data as in the run recipe.
 
-    `$NAME` in the three paths stands for an environment variable. `name` is how tables and folders call it (by default
+    `$NAME` in the three paths stands for an environment variable (`expanded`) and stays as it is written, so that what
+    is shown of a study holds on other machines, too. `name` is how tables and folders call it (by default
     the last part of `model`); `sparsities` replace the study's; `recipe` is laid over the study's.
     """
 
@@ -67,13 +73,10 @@ class StudyModel(Strict):
 
     @field_validator("model", "data", "eval_data")
     @classmethod
-    def _expanded(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        expanded = os.path.expandvars(value)
-        if missing := re.search(r"\$\{?(\w+)", expanded):
+    def _can_be_expanded(cls, value: str | None) -> str | None:
+        if missing := re.search(r"\$\{?(\w+)", expanded(value) or ""):
             raise ValueError(f"'{value}' needs the environment variable {missing.group(1)}, which is not set")
-        return expanded
+        return value
 
     @model_validator(mode="before")
     @classmethod

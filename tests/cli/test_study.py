@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from padst_cli.commands.study import _command, _render_costs
+from padst_cli.console import Console
 from padst_cli.study import run
 from tests.cli.conftest import Padst
 
@@ -114,3 +117,34 @@ def test_the_grid_is_shown_without_a_run(padst: Padst, recipe: Path, tmp_path: P
 )
 def test_what_is_refused(padst: Padst, flags: tuple[object, ...], words: str) -> None:
     assert words in padst.error("study", *flags, "--dry-run")
+
+
+def test_the_page_names_no_folder_of_this_machine() -> None:
+    words = ["study", "mine", "--output", "/some/where", "--jobs", "2", "--overwrite"]
+    assert _command(words, to=False) == "padst study mine --jobs 2"
+    assert _command(words, to=True) == "padst study mine --output /some/where --jobs 2"
+    assert _command(["study", "mine", "--output=/some/where"], to=False) == "padst study mine"
+
+
+def test_what_learning_costs_is_shown_beside_the_fixed_permutation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(method: str, seconds: float, peak: float, **more: Any) -> dict[str, Any]:
+        mean = {"step_seconds": {"mean": seconds}, "peak_bytes": {"mean": peak}, "soft_step_seconds": None}
+        return {"structure": "diag", "method": method, "moved": [], **mean, **more}
+
+    rows = [
+        row("none", 0.1, 1e9),
+        row("assignment", 0.1, 1e9),
+        row("learned", 0.108, 1.2e9, moved=[3, 0], soft_step_seconds={"mean": 0.15}),
+    ]
+    monkeypatch.setenv("COLUMNS", "160")
+    console = Console()
+    _render_costs(console, {"rows": rows})
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert all(words in text for words in ("diag", "learned", "x 1.08", "x 1.50", "+200 MB (x 1.20)"))
+    assert "none" not in text
+    _render_costs(console, {"rows": rows[:2]})
+    shown = capsys.readouterr()
+    assert not shown.out + shown.err

@@ -11,6 +11,7 @@ from padst_cli.study import StudyRecipe
 from padst_cli.study.chart import study_chart
 from padst_cli.study.figures import CellFigures
 from padst_cli.study.page import study_page
+from padst_cli.study.recipe import StudyModel
 from padst_cli.study.summary import ModelSummary, summarise
 
 Make = Callable[..., CellFigures]
@@ -52,6 +53,14 @@ def test_the_better_control_is_the_one_compared_with(cells: list[CellFigures]) -
 def page(cells: list[CellFigures], **changes: object) -> str:
     options: dict[str, object] = {"failures": {}, "open_cells": 0, "command": "padst study mine", **changes}
     return study_page(STUDY, cells, summarise(cells), charts={"tiny": "tiny.svg"}, **options)  # type: ignore[arg-type]
+
+
+def test_the_data_is_named_as_the_recipe_spells_it(cells: list[CellFigures], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMEWHERE", "heldout")
+    study = STUDY.model_copy(update={"models": (StudyModel(model="tiny", eval_data="$SOMEWHERE.txt"),)})
+    text = study_page(study, cells, summarise(cells), {}, 0, {"tiny": "tiny.svg"}, "padst study mine")
+    assert "Judged on $SOMEWHERE.txt." in text
+    assert "Judged on heldout.txt." in page(cells)
 
 
 def row(text: str, *starts: str) -> str:

@@ -75,7 +75,9 @@ def test_names_variables_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = {"models": [{"model": "$SOME_DATA/tiny/", "data": "${SOME_DATA}/t.txt"}], "structures": ["nm", "diag"]}
     study = StudyRecipe.from_dict(raw)
     model = study.models[0]
-    assert (model.name, model.model, model.data) == ("tiny", "/data/tiny/", "/data/t.txt")
+    assert (model.name, model.model, model.data) == ("tiny", "$SOME_DATA/tiny/", "${SOME_DATA}/t.txt")
+    recipe = expand(study)[0].recipe
+    assert (recipe.model, recipe.data, recipe.eval_data) == ("/data/tiny/", "/data/t.txt", None)
     assert study.structures == {"nm": {}, "diag": {}}
 
 
