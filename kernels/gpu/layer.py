@@ -40,8 +40,10 @@ class TritonKernel:
 
     Runs from the packed tensors as they are; beside them it holds the inverse of the output permutation and, for
     diagonals, two numbers for every 64 of the longer side, for blocks, two for each and one for a block column.
-    Gradients reach x and the bias.
+    Gradients reach x and the bias. `epilogues` are the activations that a call can end in.
     """
+
+    epilogues = frozenset(ACTIVATIONS[1:])
 
     def __init__(self, layout: Layout) -> None:
         self.name = rules.kernel_name(layout.structure)

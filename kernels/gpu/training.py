@@ -75,26 +75,29 @@ class TritonTraining:
         )
         return y
 
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dx `[..., in]` for dy `[..., out]`."""
-        values = self._values(weight, dy.dtype)
+    def structured(self, dy: Tensor) -> Tensor:
+        """dy `[..., out]` in the coordinates of S, which both gradients below take it in."""
+        return dy if self._store is None or dy.numel() == 0 else permute(dy.contiguous(), self._store)
+
+    def input_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+        """dx `[..., in]` for dz `[..., out]`, as `structured` gives it."""
+        values = self._values(weight, dz.dtype)
         dx: Tensor = self._product(
-            dy, None, values, self._index, self._store, self._perm_in, self.shape[1], self._parameters, True, ""
+            dz, None, values, self._index, None, self._perm_in, self.shape[1], self._parameters, True, ""
         )
         return dx
 
-    def weight_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the weight `[out, in]`, zero outside the support."""
+    def weight_gradient(self, x: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight `[out, in]`, zero outside the support; dz as `structured` gives it."""
         values = self._values(weight, x.dtype)
-        found = self._gradient(x, dy, values, self._index, self._perm_in, self._store, self._parameters)
+        found = self._gradient(x, dz, values, self._index, self._perm_in, None, self._parameters)
         dense = torch.zeros(self.shape.numel() + 1, dtype=weight.dtype, device=weight.device)
         dense.scatter_(0, self._places.flatten(), found.flatten().to(weight.dtype))
         return dense[:-1].view(self.shape)
 
-    def dense_weight_gradient(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """The gradient that a dense weight `[out, in]` in the coordinates of S would have."""
+    def dense_weight_gradient(self, x: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
+        """The gradient that a dense weight `[out, in]` in the coordinates of S would have, for dz of `structured`."""
         u = x if self._perm_in is None else permute(x.contiguous(), self._perm_in)
-        dz = dy if self._store is None else permute(dy.contiguous(), self._store)
         return (dz.flatten(0, -2).T @ u.flatten(0, -2)).to(weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,10 +125,11 @@ class _Product(torch.autograd.Function):
         kernel: TritonTraining = ctx.kernel
         x, weight = ctx.saved_tensors
         dx = dw = db = None
+        dz = kernel.structured(dy)
         if ctx.needs_input_grad[0]:
-            dx = kernel.input_gradient(dy, weight)
+            dx = kernel.input_gradient(dz, weight)
         if ctx.needs_input_grad[1]:
-            dw = (kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient)(x, dy, weight)
+            dw = (kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient)(x, dz, weight)
         if ctx.needs_input_grad[2]:
             db = dy.flatten(0, -2).sum(dim=0)
         return dx, dw, db, None, None

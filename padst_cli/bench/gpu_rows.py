@@ -24,6 +24,7 @@ from padst_cli.bench.train import step_rate
 from padst_cli.checkpoint.reader import open_source
 from padst_cli.evaluation.forward import evaluating
 from padst_cli.recipe import Recipe
+from padst_cli.runtime.fusion import fuse
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import densify
 from padst_cli.runtime.quantizer import kernels_of, packed_layers
@@ -216,6 +217,7 @@ def _prefill_rows(sizes: Sizes) -> tuple[Row, ...]:
 
 def _prefill(sparse: Any, dense: Any, task: str, tokens: int, setting: Setting, batch: int, rows: int) -> Figures:
     _tune(packed_layers(sparse).values(), rows, setting)
+    fuse(sparse)
     stopwatch, whole = setting.stopwatch(), Whole(batch, setting.whole.compiled)
     with evaluating(sparse, dense):
         rate = prefill_rate(sparse, dense, task, tokens, stopwatch, _generator(setting), whole)
@@ -225,6 +227,7 @@ def _prefill(sparse: Any, dense: Any, task: str, tokens: int, setting: Setting, 
 def _llama(setting: Setting) -> Figures:
     sparse, dense, _ = _models("llama", setting, structure="block", block_size=32)
     _tune(packed_layers(sparse).values(), 1, setting)
+    fuse(sparse)
     stopwatch = setting.stopwatch()
     with evaluating(sparse, dense):
         rate = decode_rate(sparse, dense, stopwatch, _generator(setting), setting.whole.runner)

@@ -19,6 +19,7 @@ from padst_cli.bench.roofline import measure_limits
 from padst_cli.bench.train import train_rates
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.forward import evaluating
+from padst_cli.runtime.fusion import fuse, unfuse
 from padst_cli.runtime.packing import densify
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import OnProgress, Progress, Stopwatch, Timing
@@ -139,9 +140,17 @@ class _Run:
 
     def _rates(self, dense: Any, task: str) -> ModelRates:
         dense = densify(self.sparse) if dense is None else dense
-        with evaluating(dense):
-            tokens = max(self.tokens)
-            return model_rates(self.sparse, dense, task, tokens, self.stopwatch, self.seed, self.progress, self.whole)
+        # Only a GPU's kernels have epilogues; the training rows that may follow want the layers as they were.
+        if self.sparse.device.type == "cuda":
+            fuse(self.sparse)
+        try:
+            with evaluating(dense):
+                tokens = max(self.tokens)
+                return model_rates(
+                    self.sparse, dense, task, tokens, self.stopwatch, self.seed, self.progress, self.whole
+                )
+        finally:
+            unfuse(self.sparse)
 
     def _train_rates(self, dense: Any, task: str, layers_only: bool) -> TrainRates:
         whole = None if layers_only else densify(self.sparse) if dense is None else dense

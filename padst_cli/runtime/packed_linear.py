@@ -31,7 +31,8 @@ class PackedLinear(nn.Module):
 
     `values` is a frozen parameter, indices and permutations are int buffers. The product is computed in the dtype of
     x: the values, stored in their own dtype, are converted to it (exact where x is the wider, rounded once where it
-    is not). The empty parameter `weight` stands in the file under the dense weight's name, so that a program that
+    is not). `epilogue` is an activation that follows, as kernels call it and as a module (`fusion.py`); none by
+    default. The empty parameter `weight` stands in the file under the dense weight's name, so that a program that
     does not know the format stops on its shape; it also answers code that asks a layer for its weight's dtype or
     device.
 
@@ -55,6 +56,7 @@ class PackedLinear(nn.Module):
         self.format = layer_format
         self.out_features = layer_format.structure.out_features
         self.in_features = layer_format.structure.in_features
+        self.epilogue: tuple[str, nn.Module] | None = None
         self._layout: tuple[Any, Layout] | None = None
         self._native: Compact | None = None
         self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
@@ -111,12 +113,12 @@ class PackedLinear(nn.Module):
             return self._traced(x)
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
-            return native(x, self._parameters["bias"], self.dense_weight)
+            y = native(x, self._parameters["bias"], self.dense_weight)
+            return y if self.epilogue is None else self._activated(y)
         self._check(x)
         if x.is_cpu and x.dtype in COMPACT_DTYPES and self._compact(x.dtype) is not None:
             return self.forward(x)
-        result: Tensor = select(self.layout(), x.numel() // self.in_features, x.dtype)(x, self.bias)
-        return result
+        return self._run(select(self.layout(), x.numel() // self.in_features, x.dtype), x)
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -170,8 +172,23 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, structure={structure.name}, "
             f"density={structure.density:.4f}, perm_in={self.format.perm_in}, perm_out={self.format.perm_out}, "
-            f"bias={self.format.bias}"
+            f"bias={self.format.bias}" + (f", epilogue={self.epilogue[0]}" if self.epilogue else "")
         )
+
+    def _run(self, kernel: Any, x: Tensor) -> Tensor:
+        """What a kernel computes, with the activation that follows in it where it has that."""
+        result: Tensor
+        if self.epilogue is not None and self.epilogue[0] in getattr(kernel, "epilogues", ()):
+            result = kernel(x, self.bias, self.epilogue[0])
+        else:
+            result = self._activated(kernel(x, self.bias))
+        return result
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.epilogue is None:
+            return y
+        result: Tensor = self.epilogue[1](y)
+        return result
 
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
@@ -243,18 +260,16 @@ class PackedLinear(nn.Module):
         # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
         if not is_dynamo_compiling() and self._native is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return functional.linear(x, self.dense_weight().to(x.dtype), bias)
+            return self._activated(functional.linear(x, self.dense_weight().to(x.dtype), bias))
         self._prepare_for_tracing(x.dtype)
         if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if isinstance(self._native, DenseInPlace):
-                return self._native(x, self._parameters["bias"])
-            result: Tensor = torch.ops.padst.sparse_linear(
-                x, self._native.image, self._parameters["bias"], self.out_features
+                return self._activated(self._native(x, self._parameters["bias"]))
+            return self._activated(
+                torch.ops.padst.sparse_linear(x, self._native.image, self._parameters["bias"], self.out_features)
             )
-            return result
         layout = self._layout[1] if self._layout else self.layout()
-        traced: Tensor = select(layout, x.numel() // self.in_features, x.dtype)(x, self.bias)
-        return traced
+        return self._run(select(layout, x.numel() // self.in_features, x.dtype), x)
 
     @torch.compiler.assume_constant_result
     def _prepare_for_tracing(self, dtype: torch.dtype) -> bool:

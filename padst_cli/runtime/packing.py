@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from padst_cli.checkpoint.format import Form
 from padst_cli.checkpoint.writer import write_model
 from padst_cli.errors import PadstError
+from padst_cli.runtime.fusion import unfuse
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.quantizer import attach, packed_layers
 from padst_cli.targets import linear_shape
@@ -66,6 +67,7 @@ def densify(model: Any) -> Any:
     the config.
     """
     clone = copy.deepcopy(model)
+    unfuse(clone)
     for name, layer in packed_layers(clone).items():
         clone.set_submodule(name, _dense_module(layer).train(layer.training))
     for owner in (clone, clone.config):

@@ -216,6 +216,11 @@ if INTERPRETED:
         close(y, weight, x, bias)
         y.sum().backward()
         torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(3, 80), rtol=1e-4, atol=1e-4)
+        packed.epilogue = ("silu", torch.nn.Identity())  # which would be called had the kernel no epilogue
+        torch.testing.assert_close(packed(x), torch.nn.functional.silu(y))
+        packed.epilogue = ("tanh", torch.nn.Tanh())
+        torch.testing.assert_close(packed(x), y.tanh())
+        packed.epilogue = None
         packed.values.data.zero_()
         packed.load_state_dict(packed.state_dict())
         assert torch.equal(packed(x), packed.bias.expand(3, 48))

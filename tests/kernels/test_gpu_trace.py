@@ -65,6 +65,20 @@ def test_compiled_in_one_graph_down_to_the_kernel(structure):
 
 
 @pytest.mark.usefixtures("on_triton")
+def test_an_activation_is_part_of_the_kernel():
+    layer = make("block")[0].eval()
+    layer.epilogue = ("gelu", nn.GELU())
+    with torch.no_grad():
+        (graph,) = graphs_of(layer, torch.randn(3, 80))
+    assert not [node for node in graph.nodes if "gelu" in str(node.target)]
+    layer.epilogue = ("tanh", nn.Tanh())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (graph,) = graphs_of(layer, torch.randn(3, 80))
+    assert [node for node in graph.nodes if "tanh" in str(node.target)]
+
+
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradients_are_compiled_with_it(structure):
     graphs = graphs_of(make(structure)[0].eval(), torch.randn(3, 80, requires_grad=True))
