@@ -1,20 +1,17 @@
 """The recipe: every choice of a run, complete and reproducible, from YAML or flags.
 
 A recipe that `sparsify` writes beside its result holds every value, so that `--recipe DIR/recipe.yaml` repeats the run.
-Unknown keys are refused and the nearest known one is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from padst_cli.errors import PadstError, nearest
+from padst_cli.document import Document, Strict, dotted, read_mapping
 
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
@@ -51,28 +48,6 @@ _NM_TOLERANCE: Final = 0.01
 
 FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 """Keys, dotted, that may be None in a recipe until its run has opened the model."""
-
-
-class Strict(BaseModel):
-    """A part of a recipe: unknown keys are refused, and nothing changes once it is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Document(Strict):
-    """What a YAML file holds as a whole."""
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "recipe") -> Self:
-        """Validate a mapping; raises `PadstError` with one sentence that names the first offending key."""
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            raise PadstError(explain(error, source, cls)) from None
-
-    def to_yaml(self) -> str:
-        """The whole of it as YAML that reads back to an equal value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class PermutationRecipe(Strict):
@@ -358,14 +333,6 @@ class Recipe(Document):
         return dotted(self.model_dump(mode="json", exclude_unset=True))
 
 
-def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as a flat one: `{"training": {"steps": 10}}` -> `{"training.steps": 10}`."""
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def parse_nm(text: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4); raises ValueError for anything but 1 <= N < M <= 32."""
     parts = text.split(":")
@@ -402,56 +369,3 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe file, or one that comes with padst by name; raises `PadstError` for bad YAML or bad keys."""
     raw = read_mapping(name_or_path, recipe_names(), "recipe")
     return Recipe.from_dict(raw, source=f"recipe '{name_or_path}'")
-
-
-def read_mapping(name_or_path: str, names: Sequence[str], kind: str) -> dict[str, Any]:
-    """The top of a YAML file, or of one that comes with padst under one of `names`; `kind` says what it should be.
-
-    Raises `PadstError` where there is no such file, or no mapping in it.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        content = path.read_bytes()
-    elif name_or_path in names:
-        content = resources.files("padst_cli.recipes").joinpath(f"{name_or_path}.yaml").read_bytes()
-    else:
-        raise PadstError(
-            f"no {kind} file '{name_or_path}' and none that comes with padst by that name"
-            f"{nearest(name_or_path, list(names))}; the names are {', '.join(names)}"
-        )
-    try:
-        raw = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PadstError(f"{kind} '{name_or_path}' is not valid YAML: {_where(error)}") from None
-    if not isinstance(raw, dict):
-        raise PadstError(f"{kind} '{name_or_path}' is not a mapping of keys to values")
-    return raw
-
-
-def _where(error: Exception) -> str:
-    """What the parser met and on which line, in one line."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error).splitlines()[0]
-    return f"{getattr(error, 'problem', None) or 'it cannot be read'} in line {mark.line + 1}"
-
-
-def explain(error: ValidationError, source: str, root: type[BaseModel]) -> str:
-    """One sentence for the first thing that `root` found wrong; an unknown key is told with the nearest known one."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
-    if first["type"] in ("extra_forbidden", "invalid_key"):
-        model: Any = root
-        for part in location[:-1]:
-            if not part.isdigit():  # the place in a list
-                model = model.model_fields[part].annotation
-                model = next(iter(get_args(model)), model)
-        known = list(model.model_fields)
-        return f"{source}: unknown key '{key}'{nearest(location[-1], known)}; known here are {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key or message.startswith(location[-1]):
-        return f"{source}: {message}"
-    if first["type"] == "value_error":
-        return f"{source}: {key}: {message}"
-    return f"{source}: {key} is {first['input']!r}; {message.replace('Input should', 'it should', 1)}"

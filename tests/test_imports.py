@@ -13,7 +13,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "padst_cli").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 LOWEST = {"errors", "events"}
-FORMATS = {"structures", "permutation", "recipe", "checkpoint", "plan", "targets", "tying", "tracing", "data"}
+FORMATS = {
+    "structures",
+    "permutation",
+    "document",
+    "recipe",
+    "checkpoint",
+    "plan",
+    "targets",
+    "tying",
+    "tracing",
+    "data",
+}
 MIDDLE = {"initialise", "training", "evaluation", "runtime", "report"}
 
 # part -> the parts of padst_cli that it may import (itself and the lowest tier always)
@@ -22,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "events": set(),
     "structures": set(),
     "permutation": {"structures"},
-    "recipe": set(),
+    "document": set(),
+    "recipe": {"document"},
     "data": set(),
     "checkpoint": {"structures", "permutation"},
     "tying": set(),
@@ -49,7 +61,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_USE_KERNELS = {"runtime", "training", "bench"}
 SCREEN = {"app", "console", "commands"}
-NO_TORCH_AT_MODULE_LEVEL = {"app", "commands", "__init__", "__main__", "console", "errors", "events", "recipe"}
+NO_TORCH_AT_MODULE_LEVEL = {
+    "app",
+    "commands",
+    "__init__",
+    "__main__",
+    "console",
+    "errors",
+    "events",
+    "document",
+    "recipe",
+}
 
 
 def part_of(path: Path) -> str:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from padst_cli.checkpoint.reader import Task
+from padst_cli.document import dotted
 from padst_cli.errors import PadstError
-from padst_cli.recipe import LEARNING_RATES, STUDY_PREFIX, Recipe, dotted, load_recipe, parse_nm, recipe_names
+from padst_cli.recipe import LEARNING_RATES, STUDY_PREFIX, Recipe, load_recipe, parse_nm, recipe_names
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith(STUDY_PREFIX))

@@ -18,6 +18,7 @@ from torch import nn
 
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
+from padst_cli.document import dotted
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.evaluation import EvalResult, evaluate_model
 from padst_cli.events import Evaluated, Event, OnEvent, PhaseStarted, ignore
@@ -26,7 +27,7 @@ from padst_cli.permutation.apply import from_structure
 from padst_cli.pipeline.finish import environment, finish_run
 from padst_cli.pipeline.job import Job, open_job
 from padst_cli.pipeline.planning import plan_for
-from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, dotted, load_recipe
+from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, load_recipe
 from padst_cli.training.objective import Objective, build_objective
 from padst_cli.training.result import TrainResult
 from padst_cli.training.sparse_linear import sparsify_modules

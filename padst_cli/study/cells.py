@@ -8,8 +8,9 @@ from itertools import product
 from typing import Any, Final
 
 from padst_cli.assets import EMBEDDED_MODEL
+from padst_cli.document import dotted
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe, dotted
+from padst_cli.recipe import Recipe
 from padst_cli.study.recipe import (
     CONTROLS,
     EMBEDDED,

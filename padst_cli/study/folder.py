@@ -21,8 +21,9 @@ from typing import Any, Final
 
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.checkpoint.writer import make_folder, write_atomically
+from padst_cli.document import dotted
 from padst_cli.errors import PadstError
-from padst_cli.recipe import dotted, load_recipe
+from padst_cli.recipe import load_recipe
 from padst_cli.study.cells import Cell
 from padst_cli.study.figures import CellFigures, read_figures
 from padst_cli.study.recipe import StudyRecipe

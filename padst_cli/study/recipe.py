@@ -13,7 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from padst_cli.recipe import Document, Strict, read_mapping, study_names
+from padst_cli.document import Document, Strict, read_mapping
+from padst_cli.recipe import study_names
 
 EMBEDDED: Final = "embedded"
 """The model that stands for the checkpoint that comes with padst."""

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from padst_cli.document import dotted
 from padst_cli.errors import PadstError
-from padst_cli.recipe import Recipe, dotted
+from padst_cli.recipe import Recipe
 
 STATE_VERSION = 2
 # What may differ between the run that saved a state and the one that resumes it: it decides what is shown, not what is
