@@ -90,16 +90,8 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
     gradient: Any = triton_op(f"padst::triton_{family.NAME}_gradient", gradient_of, mutates_args=())
 
     @gradient.register_fake
-    def _(
-        x: Tensor,
-        dy: Tensor,
-        values: Tensor,
-        index: list[Tensor],
-        perm_in: Tensor | None,
-        store: Tensor | None,
-        parameters: list[int],
-    ) -> Tensor:
-        del x, dy, index, perm_in, store, parameters
+    def _(x: Tensor, dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        del x, dy, rest
         return torch.empty_like(values, dtype=torch.float32)
 
     def product_of(
@@ -139,11 +131,9 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
         perm_in: Tensor | None,
         store: Tensor | None,
         out_features: int,
-        parameters: list[int],
-        transposed: bool,
-        activation: str,
+        *rest: Any,
     ) -> Tensor:
-        del bias, values, index, perm_in, store, parameters, transposed, activation
+        del bias, values, index, perm_in, store, rest
         return empty_output(x, out_features)
 
     _differentiable(product, gradient)
