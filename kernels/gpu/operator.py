@@ -50,7 +50,8 @@ def empty_output(x: Tensor, out_features: int) -> Tensor:
 class Operator:
     """An operator that is not gone through where nothing asks for it: with tensors at hand and no gradient to record.
 
-    Torch's dispatch of an operator written in Python takes several times as long as the launch of a kernel.
+    Torch's dispatch of an operator written in Python takes the CPU 30 to 50 microseconds a call, longer than a small
+    layer takes the GPU.
     """
 
     def __init__(self, function: Callable[..., Tensor], operator: CustomOpDef) -> None:
