@@ -191,11 +191,15 @@ class CalibrationRecipe(Strict):
 
     The saliency of row i counts E[g_i^2] to the power `sensitivity`, g_i the gradient of the model's prediction by
     output i; 0 lets all rows count alike.
+
+    `refine_rounds` bounds the rounds in which order and support are chosen anew for the loss that the refit leaves
+    (`padst_cli/initialise/refine.py`); 0 keeps the choice by saliency. Permutations of kind "random" stay as drawn.
     """
 
     samples: int = Field(default=64, ge=1)
     batch_size: int = Field(default=8, ge=1)
     refit: bool = True
+    refine_rounds: int = Field(default=8, ge=0)
     sensitivity: float = Field(default=0.5, ge=0.0, le=1.0)
     damping: float = Field(default=0.01, gt=0.0)
     start: StartMethod = "saliency"

@@ -76,6 +76,12 @@ FLAGS = (
         float,
         "Power of the outputs' sensitivity in the choice of the support; 0: all outputs count alike.",
     ),
+    Flag(
+        "--refine-rounds",
+        "calibration.refine_rounds",
+        int,
+        "Most rounds in which order and support are chosen anew for the refit's loss; 0: by saliency alone.",
+    ),
     Flag("--refit/--no-refit", "calibration.refit", bool, "Refit surviving weights in closed form at the start."),
     Flag("--start", "calibration.start", str, "saliency (padst's own), or one shot by magnitude, wanda or sparsegpt."),
     Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),

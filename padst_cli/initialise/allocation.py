@@ -137,7 +137,8 @@ class Curve:
 
 def _curve(model: nn.Module, layer: LayerPlan, statistics: InputStatistics, recipe: Recipe) -> Curve:
     entries = layer.out_features * layer.in_features
-    recipe = recipe.updated({"support.start_density": None})
+    # What matters is how the densities compare; refining each of them would cost many times the start itself.
+    recipe = recipe.updated({"support.start_density": None, "calibration.refine_rounds": 0})
     points: dict[int, float] = {}
     for factor in DENSITIES if statistics.tokens else ():
         density = min(0.95, factor * (1.0 - recipe.sparsity))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from padst_cli.errors import PadstError
 from padst_cli.initialise.one_shot import METHODS
+from padst_cli.initialise.refine import Problem, refine
 from padst_cli.initialise.refit import refit
 from padst_cli.initialise.saliency import plain_saliency, refit_saliency
 from padst_cli.initialise.start import LayerStart
@@ -100,6 +101,7 @@ def start_layers(
             ]
         scores = [_saliency(one, aim, statistics, recipe) for one, aim in zip(dense, aims, strict=True)]
         orders = choose_orders(scores, layers, recipe)
+        orders = _refined(orders, scores, layers, dense, aims, statistics, recipe)
         orders = [_opened(*each, recipe) for each in zip(orders, scores, layers, strict=True)]
         del scores
         return [
@@ -108,6 +110,38 @@ def start_layers(
         ]
     except PadstError as error:
         raise PadstError(f"{layers[0].name}: {error}") from None
+
+
+def _refined(
+    orders: Sequence[SearchResult],
+    scores: Sequence[Tensor],
+    layers: Sequence[LayerPlan],
+    dense: Sequence[DenseLayer],
+    aims: Sequence[Tensor],
+    statistics: InputStatistics,
+    recipe: Recipe,
+) -> list[SearchResult]:
+    """Orders and supports refined for what the refit makes of them, where there is one."""
+    calibration = recipe.calibration
+    if not (calibration.refine_rounds and calibration.refit and statistics.tokens):
+        return list(orders)
+    searched = recipe.permutation.kind in ("learned", "assignment")
+    problems = [
+        Problem(
+            one.weight.detach().float(),
+            aim,
+            statistics.gram,
+            calibration.damping,
+            layer.structure,
+            layer.sides if searched else (),
+            one.output_weights,
+        )
+        for layer, one, aim in zip(layers, dense, aims, strict=True)
+    ]
+    seed = layer_seed(recipe.seed, layers[0].name)
+    refined = refine(problems, orders, calibration.refine_rounds, seed)
+    ordered = [to_structure(score, one.perm_in, one.perm_out) for score, one in zip(scores, refined, strict=True)]
+    return [replace(one, kept=kept_share(score, one.mask)) for one, score in zip(refined, ordered, strict=True)]
 
 
 def opening(layer: LayerPlan, recipe: Recipe) -> Structure:

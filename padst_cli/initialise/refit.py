@@ -36,7 +36,7 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class Bucket:
     """Problems of one shape: `columns` [problems, size] are their supports, `rows` [problems, sharing] who has them."""
 
     columns: Tensor
@@ -59,8 +59,8 @@ def refit(
         return Refit(torch.where(mask, old, result), 0)
     target = aim + ridge * old
     escalated = 0
-    for bucket in _buckets(mask):
-        for columns, rows in _chunks(bucket, gram.element_size(), budget_bytes):
+    for bucket in buckets(mask):
+        for columns, rows in chunks(bucket, gram.element_size(), budget_bytes):
             where = (rows[:, None, :], columns[:, :, None])
             solution, failed = _solve(gram, columns, target[where], old[where], ridge)
             result[where] = solution
@@ -68,7 +68,7 @@ def refit(
     return Refit(result, escalated)
 
 
-def _buckets(mask: Tensor) -> Iterator[_Bucket]:
+def buckets(mask: Tensor) -> Iterator[Bucket]:
     """Group the rows by support, then the supports by (size, number of rows that share it); empty supports drop out."""
     packed = np.packbits(mask.cpu().numpy(), axis=1)
     keys = np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
@@ -83,10 +83,11 @@ def _buckets(mask: Tensor) -> Iterator[_Bucket]:
         chosen = torch.from_numpy(first[supports]).to(mask.device)
         columns = mask[chosen].nonzero()[:, 1].view(len(supports), size)
         rows = torch.from_numpy(np.stack([members[support] for support in supports])).to(mask.device)
-        yield _Bucket(columns, rows)
+        yield Bucket(columns, rows)
 
 
-def _chunks(bucket: _Bucket, itemsize: int, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(bucket: Bucket, itemsize: int, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`columns` and `rows` of parts of a bucket whose normal matrices fit into `budget_bytes`."""
     size, sharing = bucket.columns.shape[1], bucket.rows.shape[1]
     # Gathered matrix and factor, right-hand sides and solution.
     needed = 2 * itemsize * size * (size + 2 * sharing)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -107,6 +107,27 @@ def search_shared(scores: Sequence[Tensor], structures: Sequence[Supporting], ro
     found = search(stack, together, ("input",), rounds, seed).perm_in
     assert found is not None
     return found
+
+
+def search_together(
+    scores: Sequence[Tensor],
+    structures: Sequence[Supporting],
+    sides: Sequence[Sequence[str]],
+    rounds: int = 8,
+    seed: int = 0,
+) -> list[SearchResult]:
+    """`search` for one layer, or for several that have one input permutation together: that comes first, then each
+    layer's own part. Raises nothing of its own; `sides` are each layer's.
+    """
+    if len(scores) == 1:
+        return [search(scores[0], structures[0], sides[0], rounds, seed)]
+    together = search_shared(scores, structures, rounds, seed) if all("input" in own for own in sides) else None
+    results = []
+    for score, structure, own in zip(scores, structures, sides, strict=True):
+        left = tuple(side for side in own if side != "input")
+        found = search(to_structure(score, together, None), structure, left, rounds, seed)
+        results.append(replace(found, perm_in=together))
+    return results
 
 
 def kept_share(score: Tensor, mask: Tensor) -> float:

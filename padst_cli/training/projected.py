@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from padst_cli.permutation.apply import compose, from_structure, identity, to_structure
-from padst_cli.permutation.assignment import kept_share, search, search_shared
+from padst_cli.permutation.assignment import kept_share, search_together
 from padst_cli.recipe import PermutationRecipe, Recipe
 from padst_cli.training.hardening import HardenedRecord, labelled
 from padst_cli.training.seeds import seeded
@@ -75,16 +75,9 @@ def _stay(layer: SparseLinear, score: Tensor) -> Change:
 
 def _search(layers: Sequence[SparseLinear], scores: Sequence[Tensor], rounds: int, seed: int) -> list[Change]:
     """The best order met from the present one: in the coordinates of S, that is from the identity."""
-    together = None
-    if len(layers) > 1:
-        together = search_shared(scores, [layer.structure for layer in layers], rounds, seed)
-    changes = []
-    for layer, score in zip(layers, scores, strict=True):
-        sides = tuple(side for side, _ in layer.permutations() if side != "input" or together is None)
-        found = search(to_structure(score, together, None), layer.structure, sides, rounds, seed)
-        perm_in = found.perm_in if together is None else together
-        changes.append(Change(perm_in, found.perm_out, found.mask, found.kept))
-    return changes
+    sides = [tuple(side for side, _ in layer.permutations()) for layer in layers]
+    found = search_together(scores, [layer.structure for layer in layers], sides, rounds, seed)
+    return [Change(each.perm_in, each.perm_out, each.mask, each.kept) for each in found]
 
 
 class Projection:
