@@ -130,7 +130,7 @@ class SupportRecipe(Strict):
 
     method: DstMethod = "rigl"
     every: int = Field(default=25, ge=1)
-    fraction: float = Field(default=0.2, ge=0.0, le=1.0)
+    fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     until: float = Field(default=0.75, ge=0.0, le=1.0)
     mest_gamma: float = Field(default=1.0, ge=0.0)
     dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
