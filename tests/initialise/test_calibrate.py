@@ -345,3 +345,23 @@ def _orders(result, name: str) -> tuple[Tensor | None, Tensor | None]:
 
 def dense_before(family: str, name: str, make_model) -> Tensor:
     return make_model(family).get_submodule(name).weight.detach().T
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_refining_lowers_the_error_of_the_start(structure: str, make_model, make_batches) -> None:
+    """Of the first layer: those after it see other inputs. Rows count alike: then the error is what is refined for."""
+    model, batches = make_model("llama"), make_batches("llama")
+    changes = {"structure": structure, "calibration__sensitivity": 0.0}
+    plain, refined = (run(model, batches, **changes, calibration__refine_rounds=rounds) for rounds in (0, 8))
+    name = plain.plan.layers[0].name
+    assert refined.starts[name].error < 0.97 * plain.starts[name].error
+    assert 0.0 < refined.starts[name].kept < plain.starts[name].kept
+
+
+def test_refining_leaves_random_permutations_as_drawn(make_model, make_batches) -> None:
+    model, batches = make_model("llama"), make_batches("llama")
+    changes = {"structure": "nm", "permutation__kind": "random"}
+    plain, refined = (run(model, batches, **changes, calibration__refine_rounds=rounds) for rounds in (0, 8))
+    pairs = [(plain.starts[name], refined.starts[name]) for name in plain.starts]
+    assert all(torch.equal(one.perm_in, other.perm_in) for one, other in pairs)
+    assert any(not torch.equal(one.mask, other.mask) for one, other in pairs)
