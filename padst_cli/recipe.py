@@ -193,7 +193,8 @@ class CalibrationRecipe(Strict):
     output i; 0 lets all rows count alike.
 
     `refine_rounds` bounds the rounds in which order and support are chosen anew for the loss that the refit leaves
-    (`padst_cli/initialise/refine.py`); 0 keeps the choice by saliency. Permutations of kind "random" stay as drawn.
+    (`padst_cli/initialise/refine.py`); 0 keeps the choice by saliency. A very wide layer ends its rounds earlier, at a
+    fixed amount of work. Permutations of kind "random" stay as drawn.
     """
 
     samples: int = Field(default=64, ge=1)
