@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from padst_cli.training.seeds import seeded
 
 Batch = dict[str, Tensor]
 IGNORED = -100
+TEACHER_LOGITS: Final = "teacher_logits"
+"""The key of a batch under which the teacher's logits may come along, remembered from before."""
 _MASK_SHARE = 0.15
+_NO_INPUTS: Final = frozenset({"labels", TEACHER_LOGITS})
 
 
 class Objective(ABC):
@@ -30,6 +33,8 @@ class Objective(ABC):
 
     flags: ClassVar[Mapping[str, bool]] = MappingProxyType({})
     """What both models are called with besides the batch."""
+    asks_logits: ClassVar[bool] = False
+    """Whether all that is asked of the teacher are its logits of the items as they lie in the data."""
 
     def __init__(self, recipe: TrainingRecipe, teacher: nn.Module | None = None) -> None:
         self.recipe = recipe
@@ -46,15 +51,17 @@ class Objective(ABC):
         return batch
 
     def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one (part of a) batch and its terms."""
-        inputs = {**{key: value for key, value in batch.items() if key != "labels"}, **self.flags}
+        """The loss of one (part of a) batch and its terms; a batch may bring `TEACHER_LOGITS` along."""
+        inputs = self._inputs(batch)
         attentive = self._attentive(student)
         output = student(**inputs, **attentive)
         task = self.task_loss(output, batch)
         terms: dict[str, Tensor] = {}
         if task is not None:
             terms["task"] = task
-        if self.teacher is not None:
+        if TEACHER_LOGITS in batch:
+            terms["distill"] = self.distill_loss(output, SimpleNamespace(logits=batch[TEACHER_LOGITS]))
+        elif self.teacher is not None:
             with torch.no_grad():
                 target = self.teacher(**inputs, **attentive)
             terms["distill"] = self.distill_loss(output, target)
@@ -63,6 +70,22 @@ class Objective(ABC):
             terms["attention"] = attention_distance(output, target)
             loss = loss + self.recipe.distill_attention * terms["attention"]
         return loss, {key: value.detach() for key, value in terms.items()}
+
+    @property
+    def answers_alike(self) -> bool:
+        """Whether the teacher's part in the loss is the same whenever an item comes, and is its logits alone."""
+        return self.asks_logits and self.teacher is not None and not self.recipe.distill_attention
+
+    @torch.no_grad()
+    def ask(self, batch: Batch) -> Tensor:
+        """The teacher's logits of a batch, `[batch, ..., classes]`; only where `answers_alike`."""
+        assert self.teacher is not None
+        logits: Tensor = self.teacher(**self._inputs(batch)).logits
+        return logits
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What both models are called with."""
+        return {**{key: value for key, value in batch.items() if key not in _NO_INPUTS}, **self.flags}
 
     def _attentive(self, student: nn.Module) -> dict[str, bool]:
         """What both models are called with to hand out attention maps, nothing where these do not count.
@@ -106,6 +129,7 @@ class CausalLM(Objective):
 
     # Models keep the keys and values of a whole batch for a generation that never comes unless told not to.
     flags = MappingProxyType({"use_cache": False})
+    asks_logits = True
 
     def task_loss(self, output: Any, batch: Batch) -> Tensor:
         """Mean over all positions but the last, which has no next token."""
@@ -148,6 +172,8 @@ class MaskedLM(Objective):
 
 class ImageClassification(Objective):
     """Cross-entropy of the class where the data has labels; without labels the teacher alone teaches."""
+
+    asks_logits = True
 
     def task_loss(self, output: Any, batch: Batch) -> Tensor | None:
         """Mean over the images."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +28,9 @@ from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
-from padst_cli.training.objective import Batch, Objective
+from padst_cli.training.objective import TEACHER_LOGITS, Batch, Objective
 from padst_cli.training.projected import Projection
+from padst_cli.training.remembered import Items, RememberedLogits, remember, worth_remembering
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import match_layout, mean_density, sparse_layers
@@ -48,13 +49,6 @@ from padst_cli.training.support import fraction_at, is_due, move_support, next_m
 _SOFT_EPSILON = 1e-15
 
 Evaluate = Callable[[nn.Module], tuple[str, float]]
-
-
-class Items(Protocol):
-    """A data set: a length and items by number, each a dict of tensors."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def make_accelerator(device: str = "auto", dtype: str = "auto") -> Accelerator:
@@ -121,6 +115,7 @@ class _Trainer:
         self.on_event = on_event if accelerator.is_main_process else ignore
         self.evaluate, self.control = evaluate, control
         self.progress = Progress()
+        self.remembered: RememberedLogits | None = None
         objective.to(accelerator.device)
 
     # -- beginning, and beginning again ------------------------------------------------------------------------------
@@ -182,6 +177,7 @@ class _Trainer:
         """Step until the end, a signal, or a loss that is not finite."""
         training, progress = self.recipe.training, self.progress
         self.model.train()
+        self._remember()
         said = False
         with stop_on_signals() as stop:
             while progress.step < training.steps:
@@ -199,6 +195,15 @@ class _Trainer:
                     self._save()
         self._finish()
         return result_of(self.progress)
+
+    def _remember(self) -> None:
+        """Keep what the teacher says of every item, where training asks often enough."""
+        left = self.recipe.training.steps - self.progress.step
+        if left and worth_remembering(self.objective, len(self.dataset), self.recipe.training):
+            self.remembered = remember(self.objective, self.dataset, self.rows, self.accelerator)
+        if self.remembered is not None:
+            count = len(self.dataset)
+            self.on_event(Message(f"the dense model was asked once about each of {count} items; its answers are kept"))
 
     def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """One optimizer step: the loss's terms, averaged over all processes, and whether any of these wants to stop."""
@@ -260,7 +265,8 @@ class _Trainer:
         everyone = step_indices(len(self.dataset), training.batch_size, self.recipe.seed, index)
         numbers = everyone[first : first + self.rows]
         batch = self.objective.prepare(collate([self.dataset[n] for n in numbers]), self.recipe.seed, index, first)
-        return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+        batch = {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+        return batch if self.remembered is None else {**batch, TEACHER_LOGITS: self.remembered.of(numbers)}
 
     def _averaged(self, terms: dict[str, Tensor]) -> dict[str, float]:
         # One reduction and one wait for the device, whatever the number of terms.

@@ -1,0 +1,72 @@
+"""The teacher's logits of all items, computed once where training sees each item several times.
+
+The dense model answers alike whenever an item comes, so a second pass over it is wasted: with a thousand images and
+hundreds of steps the teacher is a third of all work. Kept only where it pays (`worth_remembering`) and fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from padst_cli.data.items import collate
+from padst_cli.training.objective import Objective
+
+if TYPE_CHECKING:
+    from padst_cli.recipe import TrainingRecipe
+
+BUDGET_BYTES: Final = 2**28
+"""The most that all logits together may take: 67 thousand images of a thousand classes, or a few hundred short windows
+of text with a vocabulary of thousands."""
+_LEAST_VISITS: Final = 2
+"""How often training must see every item."""
+
+
+class Items(Protocol):
+    """A data set: a length and items by number, each a dict of tensors."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class RememberedLogits:
+    """The teacher's logits `[items, ...]` of a data set, on the device that trains."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def of(self, numbers: Sequence[int]) -> Tensor:
+        """The logits `[len(numbers), ...]` of these items."""
+        return self.logits[torch.tensor(numbers, device=self.logits.device)]
+
+
+def worth_remembering(objective: Objective, items: int, recipe: TrainingRecipe) -> bool:
+    """Whether there is a teacher who answers alike each time, and training asks about every item at least twice."""
+    visits = recipe.steps * recipe.batch_size / max(items, 1)
+    return objective.answers_alike and visits >= _LEAST_VISITS
+
+
+@torch.no_grad()
+def remember(objective: Objective, dataset: Items, rows: int, accelerator: Accelerator) -> RememberedLogits | None:
+    """Ask the teacher about every item, `rows` at a time in the data's own order; None where its logits would not fit.
+
+    The order makes what is remembered the same for a run that goes on as for one that was never stopped.
+    """
+    logits: Tensor | None = None
+    for first in range(0, len(dataset), rows):
+        numbers = range(first, min(first + rows, len(dataset)))
+        batch = collate([dataset[number] for number in numbers])
+        with accelerator.autocast():
+            answer = objective.ask({key: value.to(accelerator.device) for key, value in batch.items()})
+        if logits is None:
+            size = len(dataset) * math.prod(answer.shape[1:]) * answer.element_size()
+            if size > BUDGET_BYTES:
+                return None
+            logits = answer.new_empty(len(dataset), *answer.shape[1:])
+        logits[first : first + len(answer)] = answer
+    return None if logits is None else RememberedLogits(logits)
