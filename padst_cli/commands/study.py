@@ -38,6 +38,9 @@ def study(
     permutations: Annotated[
         str | None, typer.Option("--permutations", help="none, random, assignment, learned, frozen; comma separated.")
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Of the recipe's extra methods these, comma separated; or none.")
+    ] = None,
     controls: Annotated[
         str | None, typer.Option("--controls", help="Unstructured: rigl, set; comma separated.")
     ] = None,
@@ -76,7 +79,8 @@ def study(
             raise PadstError("a study needs a recipe (study-small comes with padst) or a --model")
         if seed is not None and seeds is not None:
             raise PadstError("--seed and --seeds say the same; give one of them")
-        chosen = load_study(recipe, {key: value for key, value in changes.items() if value is not None}, dtype)
+        stated = {key: value for key, value in changes.items() if value is not None}
+        chosen = load_study(recipe, stated, dtype, _list(methods, str, "--methods"))
         if dry_run:
             _show_cells(console, expand(chosen))
             return

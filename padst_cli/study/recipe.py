@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from padst_cli.document import Document, Strict, read_mapping
+from padst_cli.errors import PadstError, nearest
 from padst_cli.recipe import study_names
 
 EMBEDDED: Final = "embedded"
@@ -146,10 +147,16 @@ class StudyRecipe(Document):
         return self
 
 
-def load_study(name_or_path: str | None, changes: Mapping[str, Any], dtype: str | None = None) -> StudyRecipe:
+def load_study(
+    name_or_path: str | None,
+    changes: Mapping[str, Any],
+    dtype: str | None = None,
+    methods: Sequence[str] | None = None,
+) -> StudyRecipe:
     """A study file, or one that comes with padst by name, with `changes` (top-level keys) laid over it.
 
-    Without either the changes are the study. `dtype` is that of every run, in place of what its recipe says. Raises
+    Without either the changes are the study. `dtype` is that of every run, in place of what its recipe says. Of its
+    extra methods only those named by `methods` stay, all where that is None and nothing where it is `["none"]`. Raises
     `PadstError` for bad YAML, bad keys and bad values.
     """
     raw = read_mapping(name_or_path, study_names(), "study") if name_or_path else {}
@@ -157,4 +164,16 @@ def load_study(name_or_path: str | None, changes: Mapping[str, Any], dtype: str 
     whole = {**raw, **changes}
     if dtype is not None:
         whole["recipe"] = {**(whole.get("recipe") or {}), "dtype": dtype}
-    return StudyRecipe.from_dict(whole, source=source)
+    study = StudyRecipe.from_dict(whole, source=source)
+    return study if methods is None else study.model_copy(update={"methods": _chosen(study.methods, methods)})
+
+
+def _chosen(known: Mapping[str, Changes], names: Sequence[str]) -> Mapping[str, Changes]:
+    """The methods of these names, in the study's order."""
+    if list(names) == ["none"]:
+        return {}
+    for name in names:
+        if name not in known:
+            has = f"its extra methods are {', '.join(known)}" if known else "it has no extra methods"
+            raise PadstError(f"--methods: the study has no method '{name}'{nearest(name, list(known))}; {has}")
+    return {name: changes for name, changes in known.items() if name in names}

@@ -19,7 +19,7 @@ ONE: dict[str, Any] = {"models": [{"model": "org/tiny"}]}
 
 def test_shipped_studies_are_no_recipes_of_a_run() -> None:
     assert study_names() == SHIPPED
-    assert {"study-small", "study-cpu", "study-full"} <= set(SHIPPED)
+    assert {"study-small", "study-deit", "study-cpu", "study-full"} <= set(SHIPPED)
     assert not set(SHIPPED) & set(recipe_names())
     with pytest.raises(PadstError, match="no recipe file 'study-small'"):
         load_recipe("study-small")
@@ -94,3 +94,19 @@ def test_a_file_and_what_is_laid_over_it(tmp_path: Path) -> None:
 def test_a_dtype_holds_for_every_run():
     study = load_study(None, {**ONE, "recipe": {"eval_samples": 5}}, "bfloat16")
     assert dict(study.recipe) == {"eval_samples": 5, "dtype": "bfloat16"}
+
+
+def test_of_the_extra_methods_only_the_named_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADST_DATA", "/data")
+    whole = load_study("study-small", {})
+    assert list(whole.methods) == ["projected", "straight-through"]
+    assert list(load_study("study-small", {}, methods=["straight-through"]).methods) == ["straight-through"]
+    named = load_study("study-small", {}, methods=["straight-through", "projected"])
+    assert named == whole
+    none = load_study("study-small", {}, methods=["none"])
+    assert not none.methods
+    assert len(expand(whole)) - len(expand(none)) == 2 * len(whole.structures) * len(whole.seeds)
+    with pytest.raises(PadstError, match=r"no method 'projecte' \(did you mean 'projected'\?\); .* projected,"):
+        load_study("study-small", {}, methods=["projecte"])
+    with pytest.raises(PadstError, match="it has no extra methods"):
+        load_study("study-stories", {}, methods=["projected"])
