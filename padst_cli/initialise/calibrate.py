@@ -114,9 +114,8 @@ class _Calibration:
             replace(dense_layer(self._models[1], layer), output_weights=self._output_weights.get(layer.name))
             for layer in layers
         ]
-        for layer, (start, escalated) in zip(
-            layers, start_layers(layers, dense, statistics, self._recipe), strict=True
-        ):
+        started = start_layers(layers, dense, statistics, self._recipe, self._on_event)
+        for layer, (start, escalated) in zip(layers, started, strict=True):
             self._accept(layer, start, escalated, bool(statistics.tokens))
 
     def _accept(self, layer: LayerPlan, start: LayerStart, escalated: int, seen: bool) -> None:

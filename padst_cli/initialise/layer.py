@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from padst_cli.errors import PadstError
+from padst_cli.events import Message, OnEvent, ignore
 from padst_cli.initialise.one_shot import METHODS
 from padst_cli.initialise.refine import Problem, refine
 from padst_cli.initialise.refit import refit
@@ -83,7 +84,11 @@ def _saliency(dense: DenseLayer, aim: Tensor, statistics: InputStatistics, recip
 
 
 def start_layers(
-    layers: Sequence[LayerPlan], dense: Sequence[DenseLayer], statistics: InputStatistics, recipe: Recipe
+    layers: Sequence[LayerPlan],
+    dense: Sequence[DenseLayer],
+    statistics: InputStatistics,
+    recipe: Recipe,
+    on_event: OnEvent = ignore,
 ) -> list[tuple[LayerStart, int]]:
     """The start of one layer, or of several that share their input permutation and read the same input.
 
@@ -101,7 +106,7 @@ def start_layers(
             ]
         scores = [_saliency(one, aim, statistics, recipe) for one, aim in zip(dense, aims, strict=True)]
         orders = choose_orders(scores, layers, recipe)
-        orders = _refined(orders, scores, layers, dense, aims, statistics, recipe)
+        orders = _refined(orders, scores, layers, dense, aims, statistics, recipe, on_event)
         orders = [_opened(*each, recipe) for each in zip(orders, scores, layers, strict=True)]
         del scores
         return [
@@ -120,6 +125,7 @@ def _refined(
     aims: Sequence[Tensor],
     statistics: InputStatistics,
     recipe: Recipe,
+    on_event: OnEvent,
 ) -> list[SearchResult]:
     """Orders and supports refined for what the refit makes of them, where there is one."""
     calibration = recipe.calibration
@@ -138,8 +144,13 @@ def _refined(
         )
         for layer, one, aim in zip(layers, dense, aims, strict=True)
     ]
+    names, rounds = " and ".join(layer.name for layer in layers), calibration.refine_rounds
+
+    def tell(done: int) -> None:
+        on_event(Message(f"{names}: refined for {done} of {rounds} rounds, more would take too long at this width"))
+
     seed = layer_seed(recipe.seed, layers[0].name)
-    refined = refine(problems, orders, calibration.refine_rounds, seed)
+    refined = refine(problems, orders, rounds, seed, tell)
     ordered = [to_structure(score, one.perm_in, one.perm_out) for score, one in zip(scores, refined, strict=True)]
     return [replace(one, kept=kept_share(score, one.mask)) for one, score in zip(refined, ordered, strict=True)]
 

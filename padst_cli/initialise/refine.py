@@ -14,7 +14,7 @@ are in the coordinates of W unless said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -76,12 +76,18 @@ class State:
     gain: float
 
 
-def refine(problems: Sequence[Problem], orders: Sequence[SearchResult], rounds: int, seed: int) -> list[SearchResult]:
+def refine(
+    problems: Sequence[Problem],
+    orders: Sequence[SearchResult],
+    rounds: int,
+    seed: int,
+    on_cut: Callable[[int], None] | None = None,
+) -> list[SearchResult]:
     """Better orders and supports of one layer, or of several that have one input permutation together.
 
-    At most `rounds` rounds, fewer where nothing more is found or the work has exceeded `BUDGET_FLOPS`. The summed loss
-    of the refits, each layer's as a share of its dense output, never rises. `kept` of the results stays that of
-    `orders`.
+    At most `rounds` rounds, fewer where nothing more is found or the work has exceeded `BUDGET_FLOPS`; `on_cut` is told
+    of the latter, with the number of rounds that were done. The summed loss of the refits, each layer's as a share of
+    its dense output, never rises. `kept` of the results stays that of `orders`.
     """
     if any(problem.ridge <= 0.0 for problem in problems):
         return list(orders)
@@ -98,6 +104,8 @@ def refine(problems: Sequence[Problem], orders: Sequence[SearchResult], rounds: 
             states, scale = candidates[best], scale * SCALES[best]
         else:
             scale *= _DRAW_BACK
+    if on_cut is not None and number < rounds and scale >= LEAST_SCALE:
+        on_cut(number)
     return [state.order for state in states]
 
 

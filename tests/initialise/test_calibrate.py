@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from padst_cli.errors import PadstError
 from padst_cli.events import CalibrationProgress, Message
-from padst_cli.initialise import calibrate, initialise
+from padst_cli.initialise import calibrate, initialise, refine
 from padst_cli.initialise.blocks import Unit
 from padst_cli.permutation.apply import check_permutation, from_structure, to_structure
 from padst_cli.plan import make_plan
@@ -45,9 +45,9 @@ def spied(monkeypatch: pytest.MonkeyPatch):
     seen = {}
     original = calibrate.start_layers
 
-    def spy(layers, dense, statistics, recipe):
+    def spy(layers, dense, statistics, recipe, on_event):
         seen.update((layer.name, statistics) for layer in layers)
-        return original(layers, dense, statistics, recipe)
+        return original(layers, dense, statistics, recipe, on_event)
 
     monkeypatch.setattr(calibrate, "start_layers", spy)
     return seen
@@ -365,3 +365,11 @@ def test_refining_leaves_random_permutations_as_drawn(make_model, make_batches) 
     pairs = [(plain.starts[name], refined.starts[name]) for name in plain.starts]
     assert all(torch.equal(one.perm_in, other.perm_in) for one, other in pairs)
     assert any(not torch.equal(one.mask, other.mask) for one, other in pairs)
+
+
+def test_a_layer_that_is_refined_for_fewer_rounds_is_told_of(make_model, make_batches, monkeypatch) -> None:
+    monkeypatch.setattr(refine, "BUDGET_FLOPS", 1.0)
+    result = run(make_model("gpt2"), make_batches("gpt2"), calibration__refine_rounds=8)
+    cut = [text for text in texts(result) if "refined for 1 of 8 rounds" in text]
+    assert len(cut) == len(result.plan.layers)
+    assert cut[0].startswith(result.plan.layers[0].name)

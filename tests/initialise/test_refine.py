@@ -101,8 +101,11 @@ def test_inputs_that_were_never_active_leave_the_order_alone() -> None:
 def test_no_round_begins_past_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BUDGET_FLOPS", 1.0)
     one = problem("nm")
-    before = beginning(one)
-    assert torch.equal(refine([one], [before], 8, 0)[0].mask, refine([one], [before], 1, 0)[0].mask)
+    before, cut = beginning(one), []
+    assert torch.equal(refine([one], [before], 8, 0, cut.append)[0].mask, refine([one], [before], 1, 0)[0].mask)
+    assert cut == [1]
+    refine([one], [before], 1, 0, cut.append)
+    assert cut == [1], "all rounds were done"
 
 
 def test_worths_are_those_of_refits_with_one_entry_more_or_less() -> None:
