@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from padst_cli.data.items import collate
+from padst_cli.events import Message, OnEvent, ignore
 from padst_cli.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -52,10 +53,12 @@ def worth_remembering(objective: Objective, items: int, recipe: TrainingRecipe) 
 
 
 @torch.no_grad()
-def remember(objective: Objective, dataset: Items, rows: int, accelerator: Accelerator) -> RememberedLogits | None:
+def remember(
+    objective: Objective, dataset: Items, rows: int, accelerator: Accelerator, on_event: OnEvent = ignore
+) -> RememberedLogits | None:
     """Ask the teacher about every item, `rows` at a time in the data's own order; None where its logits would not fit.
 
-    The order makes what is remembered the same for a run that goes on as for one that was never stopped.
+    Tells of it as it begins. The order makes what is remembered the same for a run that goes on as for one that was never stopped.
     """
     logits: Tensor | None = None
     for first in range(0, len(dataset), rows):
@@ -67,6 +70,8 @@ def remember(objective: Objective, dataset: Items, rows: int, accelerator: Accel
             size = len(dataset) * math.prod(answer.shape[1:]) * answer.element_size()
             if size > BUDGET_BYTES:
                 return None
+            megabytes = f"{size / 1e6:.3g} MB"
+            on_event(Message(f"asking the dense model once about each of {len(dataset)} items, to keep ({megabytes})"))
             logits = answer.new_empty(len(dataset), *answer.shape[1:])
         logits[first : first + len(answer)] = answer
     return None if logits is None else RememberedLogits(logits)

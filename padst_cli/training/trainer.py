@@ -200,10 +200,7 @@ class _Trainer:
         """Keep what the teacher says of every item, where training asks often enough."""
         left = self.recipe.training.steps - self.progress.step
         if left and worth_remembering(self.objective, len(self.dataset), self.recipe.training):
-            self.remembered = remember(self.objective, self.dataset, self.rows, self.accelerator)
-        if self.remembered is not None:
-            count = len(self.dataset)
-            self.on_event(Message(f"the dense model was asked once about each of {count} items; its answers are kept"))
+            self.remembered = remember(self.objective, self.dataset, self.rows, self.accelerator, self.on_event)
 
     def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """One optimizer step: the loss's terms, averaged over all processes, and whether any of these wants to stop."""

@@ -33,11 +33,11 @@ def test_training_on_remembered_answers_is_training_on_asked_ones(bench, asked, 
     )
     kept, result = bench.train(recipe, dtype=torch.float64, on_event=events.append)
     assert asked["ahead"] == len(bench.dataset) < result.items_seen
-    assert any("answers are kept" in event.text for event in events if isinstance(event, Message))
+    assert any("to keep" in event.text for event in events if isinstance(event, Message))
     monkeypatch.setattr(remembered, "BUDGET_BYTES", 0)
     events.clear()
     fresh, _ = bench.train(recipe, dtype=torch.float64, on_event=events.append)
-    assert not any("answers are kept" in event.text for event in events if isinstance(event, Message))
+    assert not any("to keep" in event.text for event in events if isinstance(event, Message))
     for key, value in fresh.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[key], value, rtol=0, atol=1e-9)
 
