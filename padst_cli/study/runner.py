@@ -63,7 +63,8 @@ def run_cells(folders: Sequence[CellFolder], options: Options, on_event: OnEvent
 def _stop(running: Sequence[_Running]) -> None:
     """Ask all runs to save and stop, then see to it that none is left."""
     for run in running:
-        run.process.send_signal(signal.SIGINT)
+        # Not SIGINT, which a study that was started in the background of a shell ignores, and its runs with it.
+        run.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _STOP_WITHIN
     while any(not run.has_ended() for run in running):
         if time.monotonic() > deadline:

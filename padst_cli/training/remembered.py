@@ -58,7 +58,8 @@ def remember(
 ) -> RememberedLogits | None:
     """Ask the teacher about every item, `rows` at a time in the data's own order; None where its logits would not fit.
 
-    Tells of it as it begins. The order makes what is remembered the same for a run that goes on as for one that was never stopped.
+    Tells of it as it begins. The order makes what is remembered the same for a run that goes on as for one that was
+    never stopped.
     """
     logits: Tensor | None = None
     for first in range(0, len(dataset), rows):

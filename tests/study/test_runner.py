@@ -21,6 +21,7 @@ from padst_cli.study.folder import LOCK, CellFolder, locked
 # What a run leaves, and how one ends whose folder's name is in fates.json.
 RUN = r"""
 import json, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as padst does
 cell, resume = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
 home = cell.parent.parent.parent
 with (home / "calls.txt").open("a") as calls:
@@ -174,7 +175,7 @@ def test_an_interrupt_lets_runs_save_and_the_next_call_resumes_them(bench: Bench
 
     def interrupt_after_one(event: Event) -> None:
         if isinstance(event, CellFinished):
-            # The other must be at work: a process that is still importing may lose an interrupt.
+            # The other must be at work, so that there is something to resume.
             deadline = time.monotonic() + 30
             while not state.is_file() and time.monotonic() < deadline:
                 time.sleep(0.05)
