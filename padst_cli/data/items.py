@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -65,6 +65,13 @@ def token_stream(corpus: TextCorpus, tokenizer: Any) -> Tensor:
     if not stream.numel():
         raise PadstError(f"the tokenizer finds no token in '{corpus.name}'; give more text")
     return stream
+
+
+class Items(Protocol):
+    """A data set: a length and items by number, each a dict of tensors."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):

@@ -8,14 +8,13 @@ fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from padst_cli.data.items import collate
+from padst_cli.data.items import Items, collate
 from padst_cli.events import Message, OnEvent, ignore
 from padst_cli.training.objective import Objective
 
@@ -29,24 +28,6 @@ _LEAST_VISITS: Final = 2
 """How often training must see every item."""
 
 
-class Items(Protocol):
-    """A data set: a length and items by number, each a dict of tensors."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-class RememberedLogits:
-    """The teacher's logits `[items, ...]` of a data set, on the device that trains."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def of(self, numbers: Sequence[int]) -> Tensor:
-        """The logits `[len(numbers), ...]` of these items."""
-        return self.logits[torch.tensor(numbers, device=self.logits.device)]
-
-
 def worth_remembering(objective: Objective, items: int, recipe: TrainingRecipe) -> bool:
     """Whether there is a teacher who answers alike each time, and training asks about every item at least twice."""
     visits = recipe.steps * recipe.batch_size / max(items, 1)
@@ -56,11 +37,11 @@ def worth_remembering(objective: Objective, items: int, recipe: TrainingRecipe) 
 @torch.no_grad()
 def remember(
     objective: Objective, dataset: Items, rows: int, accelerator: Accelerator, on_event: OnEvent = ignore
-) -> RememberedLogits | None:
-    """Ask the teacher about every item, `rows` at a time in the data's own order; None where its logits would not fit.
+) -> Tensor | None:
+    """The teacher's logits `[items, ...]` on the device that trains; None where they would not fit.
 
-    Tells of it as it begins. The order makes what is remembered the same for a run that goes on as for one that was
-    never stopped.
+    It is asked about `rows` items at a time in the data's own order, which makes what is remembered the same for a run
+    that goes on as for one that was never stopped.
     """
     logits: Tensor | None = None
     for first in range(0, len(dataset), rows):
@@ -76,4 +57,4 @@ def remember(
             on_event(Message(f"asking the dense model once about each of {len(dataset)} items, to keep ({megabytes})"))
             logits = answer.new_empty(len(dataset), *answer.shape[1:])
         logits[first : first + len(answer)] = answer
-    return None if logits is None else RememberedLogits(logits)
+    return logits

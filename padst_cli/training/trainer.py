@@ -20,7 +20,7 @@ from accelerate.utils import broadcast, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from padst_cli.data.items import collate, step_indices
+from padst_cli.data.items import Items, collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
 from padst_cli.recipe import Recipe
@@ -30,7 +30,7 @@ from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
 from padst_cli.training.objective import TEACHER_LOGITS, Batch, Objective
 from padst_cli.training.projected import Projection
-from padst_cli.training.remembered import Items, RememberedLogits, remember, worth_remembering
+from padst_cli.training.remembered import remember, worth_remembering
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import match_layout, mean_density, sparse_layers
@@ -115,7 +115,7 @@ class _Trainer:
         self.on_event = on_event if accelerator.is_main_process else ignore
         self.evaluate, self.control = evaluate, control
         self.progress = Progress()
-        self.remembered: RememberedLogits | None = None
+        self.remembered: Tensor | None = None
         objective.to(accelerator.device)
 
     # -- beginning, and beginning again ------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class _Trainer:
         numbers = everyone[first : first + self.rows]
         batch = self.objective.prepare(collate([self.dataset[n] for n in numbers]), self.recipe.seed, index, first)
         batch = {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
-        return batch if self.remembered is None else {**batch, TEACHER_LOGITS: self.remembered.of(numbers)}
+        return batch if self.remembered is None else {**batch, TEACHER_LOGITS: self.remembered[numbers]}
 
     def _averaged(self, terms: dict[str, Tensor]) -> dict[str, float]:
         # One reduction and one wait for the device, whatever the number of terms.

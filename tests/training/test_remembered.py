@@ -49,7 +49,7 @@ def test_the_answers_of_items_are_the_teachers_whatever_the_batches(bench):
     ids = torch.stack([bench.dataset[number]["input_ids"] for number in (last, 0)])
     with torch.no_grad():
         expected = objective.teacher(ids).logits
-    torch.testing.assert_close(found.of([last, 0]), expected)
+    torch.testing.assert_close(found[[last, 0]], expected)
     loss, _ = objective(bench.teacher(dtype=torch.float64), {"input_ids": ids, TEACHER_LOGITS: expected})
     same, _ = objective(bench.teacher(dtype=torch.float64), {"input_ids": ids})
     torch.testing.assert_close(loss, same)
