@@ -7,6 +7,9 @@ of the support, order and support are chosen anew for the saliency W^2 E[x^2] of
 assignment (`permutation/assignment.py`) starts from the present order, and a new one is taken only where it keeps more
 of the saliency by a margin, because every jump costs what training had built on the old order.
 
+Both halves are made cheap: values outside the support hear the gradient of every `GRADIENT_EVERY`th step alone, and an
+update goes `SEARCH_ROUNDS` rounds further from the present order, where the assignment at the start goes until it rests.
+
 The latent weight is held in the coordinates of S, like every sparse layer's, so that nothing but an update knows of it;
 whoever takes a new order carries the weight, its gradient and its moments along. A layer without a permutation (the
 unstructured control) has its support chosen anew just the same.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from accelerate.utils import broadcast, reduce
@@ -28,6 +32,11 @@ from padst_cli.recipe import PermutationRecipe, Recipe
 from padst_cli.training.hardening import HardenedRecord, labelled
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import SparseLinear
+
+GRADIENT_EVERY: Final = 4
+"""Steps from one dense gradient of a latent weight to the next; in between its support alone is trained."""
+SEARCH_ROUNDS: Final = 1
+"""Rounds of the search for an order at each update: it begins at an order that was searched before."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def choose(layers: Sequence[SparseLinear], recipe: PermutationRecipe, seed: int)
     """
     scores = [saliency(layer) for layer in layers]
     stays = [_stay(layer, score) for layer, score in zip(layers, scores, strict=True)]
-    moves = _search(layers, scores, recipe.assignment_rounds, seed)
+    moves = _search(layers, scores, seed)
     gain = sum(move.kept - stay.kept for move, stay in zip(moves, stays, strict=True)) / len(layers)
     return moves if gain > recipe.margin else stays
 
@@ -73,10 +82,10 @@ def _stay(layer: SparseLinear, score: Tensor) -> Change:
     return Change(perms.get("input"), perms.get("output"), mask, kept_share(score, mask))
 
 
-def _search(layers: Sequence[SparseLinear], scores: Sequence[Tensor], rounds: int, seed: int) -> list[Change]:
+def _search(layers: Sequence[SparseLinear], scores: Sequence[Tensor], seed: int) -> list[Change]:
     """The best order met from the present one: in the coordinates of S, that is from the identity."""
     sides = [tuple(side for side, _ in layer.permutations()) for layer in layers]
-    found = search_together(scores, [layer.structure for layer in layers], sides, rounds, seed)
+    found = search_together(scores, [layer.structure for layer in layers], sides, SEARCH_ROUNDS, seed)
     return [Change(each.perm_in, each.perm_out, each.mask, each.kept) for each in found]
 
 

@@ -136,7 +136,7 @@ class SparseLinear(nn.Module):
 
     `weight` is a Parameter over all of `[out, in]`. Its `.grad` is dense where `dense_gradient` asks for it, so that
     support updates can look outside the mask, and may be dense otherwise: whoever steps it must zero it outside `mask`
-    first, except while `latent` is there (`training/projected.py`). Input `[..., in]`, output `[..., out]`.
+    first, except where a `latent` weight wants all of it (`training/projected.py`). Input `[..., in]`, output `[..., out]`.
 
     The product with S runs on kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
     a dense product with the masked weight. A permutation that is an index is folded into the kernel.
@@ -202,7 +202,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` `[..., in]`."""
-        if self.latent is not None and self.training:
+        if self.latent is not None and self.training and self.dense_gradient:
             self.latent.see(x)
         soft_in, soft_out = (
             perm if perm is not None and perm.is_soft else None for perm in (self.perm_in, self.perm_out)

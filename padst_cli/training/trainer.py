@@ -29,7 +29,7 @@ from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
 from padst_cli.training.objective import TEACHER_LOGITS, Batch, Objective
-from padst_cli.training.projected import Projection
+from padst_cli.training.projected import GRADIENT_EVERY, Projection
 from padst_cli.training.remembered import remember, worth_remembering
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
@@ -212,7 +212,7 @@ class _Trainer:
         self._check_finite(terms["loss"], "loss")
         self._move_support(index)
         for layer in self.layers.values():
-            if layer.weight.grad is not None and layer.latent is None:
+            if layer.weight.grad is not None and (layer.latent is None or not layer.dense_gradient):
                 layer.weight.grad.masked_fill_(~layer.mask, 0.0)
         # Soft matrices are left out: the size of their penalty's gradient says nothing about the weights' step.
         norm = self.accelerator.clip_grad_norm_(self.weights, self.recipe.training.clip_norm)
@@ -233,7 +233,7 @@ class _Trainer:
         accumulation = self.recipe.training.accumulation
         due = is_due(self.recipe.support, index, self.recipe.training.steps)
         for layer in self.layers.values():
-            layer.dense_gradient = due or layer.latent is not None
+            layer.dense_gradient = due or (layer.latent is not None and index % GRADIENT_EVERY == 0)
         sums: dict[str, Tensor] = {}
         for part in range(accumulation):
             batch = self._rows_of(index, part)

@@ -207,6 +207,26 @@ def test_a_run_ends_with_ordinary_sparse_layers(bench, events, structure):
         assert layer.structure.is_feasible(layer.structure.units_of(layer.mask))
 
 
+def test_values_outside_the_support_hear_every_fourth_gradient_whatever_computes(bench, monkeypatch):
+    recipe = bench.recipe(**{"permutation.learner": "projected", "support.every": 100})
+    heard = []
+
+    class Watching(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            layers = sparse_layers(student).values()
+            latent = [layer for layer in layers if layer.latent is not None]
+            heard.append([bool(layer.weight.grad[~layer.mask].any()) for layer in latent])
+            assert all(layer.weight.grad[layer.mask].any() for layer in layers)
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watching)
+    _, student = bench.student(recipe)
+    bench.train(recipe, student=student)
+    layers = len(sparse_layers(student))
+    settled = [[]] * 3  # the last quarter of twelve steps
+    assert heard == [[index % 4 == 0] * layers for index in range(9)] + settled
+
+
 def test_a_margin_out_of_reach_leaves_the_start_in_place(bench):
     recipe = bench.recipe(**{"permutation.learner": "projected", "permutation.margin": 0.99})
     student, result = bench.train(recipe)
