@@ -61,7 +61,8 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Hardened(Event):
-    """A learned permutation became its last index; `moved` of its entries differ from where it started.
+    """A learned permutation became its last index; `moved` of its entries differ from the assignment,
+    `moved_in_training` from where training began.
 
     `penalty` is the normalised one it had as a matrix, 0 where it was an index all along (all learners but `soft`).
     """
@@ -69,8 +70,9 @@ class Hardened(Event):
     step: int
     layer: str
     penalty: float
-    cause: Literal["penalty", "deadline"]
+    cause: Literal["penalty", "deadline", "start"]
     moved: int
+    moved_in_training: int = 0
 
 
 @dataclass(frozen=True)

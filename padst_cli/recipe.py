@@ -15,7 +15,7 @@ from padst_cli.document import Document, Strict, dotted, read_mapping
 
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
-Learner = Literal["soft", "projected", "straight-through"]
+Learner = Literal["refined", "soft", "projected", "straight-through"]
 Side = Literal["auto", "input", "output", "both"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 StartMethod = Literal["saliency", "magnitude", "wanda", "sparsegpt"]
@@ -53,11 +53,13 @@ FILLED_IN: Final = ("model", "data", "eval_data", "training.learning_rate")
 class PermutationRecipe(Strict):
     """How each layer's permutation is found, and what its learner needs.
 
-    `learner` counts for kind "learned": "soft" trains a doubly stochastic matrix, "projected" a dense weight behind the
+    "assignment" keeps the order that an assignment of saliency found once. "learned" begins there, and is first refined
+    on the calibration data, together with the support (`calibration.refine_rounds`). `learner` says what comes then:
+    "refined" leaves it at that. "soft" trains a doubly stochastic matrix, "projected" a dense weight behind the
     support, from which order and support are chosen anew at every support update; an order must then keep more of the
     saliency than the one before by `margin`, a share of it. "straight-through" trains a matrix as "soft" does, in
     groups of at most `group` neighbours, but computes with the permutation nearest to it, renewed every `resolve_every`
-    steps; of the schedule it takes `mixing`, `learning_rate` and `deadline`. All begin at the assignment.
+    steps; of the schedule it takes `mixing`, `learning_rate` and `deadline`.
 
     `share` gives the layers that read the same input (query, key and value; gate and up) one input permutation.
 
@@ -67,12 +69,12 @@ class PermutationRecipe(Strict):
     share, when whatever is still soft is hardened. No layer hardens before the `earliest` share, so that every
     permutation has had its chance to move.
 
-    `frozen` is the control of learning, for "soft" and "straight-through": the same matrices on the same schedule,
+    `frozen` is the control of training, for "soft" and "straight-through": the same matrices on the same schedule,
     never updated, so that they harden to where they began.
     """
 
     kind: PermutationKind = "learned"
-    learner: Learner = "soft"
+    learner: Learner = "refined"
     side: Side = "auto"
     share: bool = False
     mixing: float = Field(default=0.3, ge=0.0, lt=1.0)
@@ -90,7 +92,12 @@ class PermutationRecipe(Strict):
     @property
     def is_soft(self) -> bool:
         """Whether permutations begin as matrices."""
-        return self.kind == "learned" and self.learner != "projected"
+        return self.kind == "learned" and self.learner in ("soft", "straight-through")
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether permutations are learned before training alone."""
+        return self.kind == "learned" and self.learner == "refined"
 
     @property
     def lookup_group(self) -> int | None:
@@ -104,16 +111,16 @@ class PermutationRecipe(Strict):
 
     @model_validator(mode="after")
     def _freezes_matrices(self) -> Self:
-        if self.frozen and self.learner == "projected":
-            raise ValueError("frozen holds a learned matrix still; learner 'projected' has none")
+        if self.frozen and self.kind != "learned":
+            raise ValueError(f"frozen is a control of kind 'learned'; permutations of kind '{self.kind}' never move")
+        if self.frozen and not self.is_soft:
+            raise ValueError(f"frozen holds a learned matrix still; learner '{self.learner}' has none: name 'soft'")
         return self
 
     @model_validator(mode="after")
     def _shares_inputs(self) -> Self:
         if self.share and self.side == "output":
             raise ValueError("share gives layers one input permutation, and side 'output' permutes no inputs")
-        if self.frozen and self.kind != "learned":
-            raise ValueError(f"frozen is a control of kind 'learned'; permutations of kind '{self.kind}' never move")
         return self
 
 

@@ -81,7 +81,7 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
         ({"permutation": {"delta": 1.0}}, ["permutation.delta"]),
         (
             {"permutation": {"learner": "hard"}},
-            ["permutation.learner is 'hard'; it should be 'soft', 'projected' or 'straight-through'"],
+            ["permutation.learner is 'hard'; it should be 'refined', 'soft', 'projected' or 'straight-through'"],
         ),
         ({"permutation": {"margin": 1.0}}, ["permutation.margin"]),
         ({"support": {"fraction": 1.5}}, ["support.fraction"]),

@@ -50,7 +50,8 @@ FLAGS = (
         "--learner",
         "permutation.learner",
         str,
-        "How a learned permutation is learned: soft, projected or straight-through.",
+        "How a learned permutation is learned: refined (before training), soft (as in the paper), projected or "
+        "straight-through.",
     ),
     Flag("--side", "permutation.side", str, "auto, input, output or both."),
     Flag(

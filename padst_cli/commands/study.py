@@ -36,7 +36,8 @@ def study(
     structures: Annotated[str | None, typer.Option("--structures", help="diag, nm, block; comma separated.")] = None,
     sparsities: Annotated[str | None, typer.Option("--sparsities", help="For example 0.8,0.9.")] = None,
     permutations: Annotated[
-        str | None, typer.Option("--permutations", help="none, random, assignment, learned, frozen; comma separated.")
+        str | None,
+        typer.Option("--permutations", help="none, random, assignment, learned, soft, frozen; comma separated."),
     ] = None,
     methods: Annotated[
         str | None, typer.Option("--methods", help="Of the recipe's extra methods these, comma separated; or none.")
@@ -45,7 +46,7 @@ def study(
         str | None, typer.Option("--controls", help="Unstructured: rigl, set; comma separated.")
     ] = None,
     one_shot: Annotated[
-        str | None, typer.Option("--one-shot", help="Never trained: start, magnitude, wanda, sparsegpt.")
+        str | None, typer.Option("--one-shot", help="Never trained: start, magnitude, wanda, sparsegpt; or none.")
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="For example 0,1,2.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="This one seed, as --seeds SEED.", min=0)] = None,
@@ -70,7 +71,7 @@ def study(
             "sparsities": _list(sparsities, float, "--sparsities"),
             "permutations": _list(permutations, str, "--permutations"),
             "controls": _list(controls, str, "--controls"),
-            "one_shot": _list(one_shot, str, "--one-shot"),
+            "one_shot": _list("" if one_shot == "none" else one_shot, str, "--one-shot"),
             "seeds": _list(seeds if seed is None else str(seed), int, "--seeds"),
             "steps": steps,
             "jobs": jobs,

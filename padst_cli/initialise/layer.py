@@ -30,7 +30,7 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def choose_order(score: Tensor, layer: LayerPlan, recipe: Recipe, perm_in: Tensor | None = None) -> SearchResult:
-    """The permutations of `layer.sides` after the recipe's kind, and the support that keeps the most of `score`.
+    """The permutations of `layer.sides` that the recipe's kind begins with, and the support that keeps most of `score`.
 
     `perm_in` is the input permutation where it was found before, for several layers together.
     """
@@ -105,13 +105,15 @@ def start_layers(
                 for layer, weight, one, aim in zip(layers, weights, dense, aims, strict=True)
             ]
         scores = [_saliency(one, aim, statistics, recipe) for one, aim in zip(dense, aims, strict=True)]
-        orders = choose_orders(scores, layers, recipe)
-        orders = _refined(orders, scores, layers, dense, aims, statistics, recipe, on_event)
+        assigned = choose_orders(scores, layers, recipe)
+        orders = _refined(assigned, scores, layers, dense, aims, statistics, recipe, on_event)
         orders = [_opened(*each, recipe) for each in zip(orders, scores, layers, strict=True)]
         del scores
         return [
-            _fill(layer, weight, one.bias, aim, order, statistics, recipe)
-            for layer, weight, one, aim, order in zip(layers, weights, dense, aims, orders, strict=True)
+            _fill(layer, weight, one.bias, aim, order, first, statistics, recipe)
+            for layer, weight, one, aim, order, first in zip(
+                layers, weights, dense, aims, orders, assigned, strict=True
+            )
         ]
     except PadstError as error:
         raise PadstError(f"{layers[0].name}: {error}") from None
@@ -127,11 +129,11 @@ def _refined(
     recipe: Recipe,
     on_event: OnEvent,
 ) -> list[SearchResult]:
-    """Orders and supports refined for what the refit makes of them, where there is one."""
+    """Supports refined for what the refit makes of them, where there is one, and with them orders to be learned."""
     calibration = recipe.calibration
     if not (calibration.refine_rounds and calibration.refit and statistics.tokens):
         return list(orders)
-    searched = recipe.permutation.kind in ("learned", "assignment")
+    learned = recipe.permutation.kind == "learned"
     problems = [
         Problem(
             one.weight.detach().float(),
@@ -139,7 +141,7 @@ def _refined(
             statistics.gram,
             calibration.damping,
             layer.structure,
-            layer.sides if searched else (),
+            layer.sides if learned else (),
             one.output_weights,
         )
         for layer, one, aim in zip(layers, dense, aims, strict=True)
@@ -199,10 +201,11 @@ def _fill(
     bias: Tensor | None,
     aim: Tensor,
     order: SearchResult,
+    assigned: SearchResult,
     statistics: InputStatistics,
     recipe: Recipe,
 ) -> tuple[LayerStart, int]:
-    """The surviving weights of a layer whose permutations and support are known."""
+    """The surviving weights of a layer whose permutations and support are known, as are those first `assigned`."""
     mask = from_structure(order.mask, order.perm_in, order.perm_out)
     masked = torch.where(mask, weight, 0.0)
     final, escalated = masked, 0
@@ -218,6 +221,8 @@ def _fill(
         bias=None if bias is None else bias.detach().clone(),
         perm_in=order.perm_in,
         perm_out=order.perm_out,
+        assigned_in=assigned.perm_in,
+        assigned_out=assigned.perm_out,
         error_mask=before,
         error=after,
         kept=order.kept,

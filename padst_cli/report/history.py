@@ -28,7 +28,7 @@ class Hardening:
     label: str
     step: int
     penalty: float
-    cause: Literal["penalty", "deadline"]
+    cause: Literal["penalty", "deadline", "start"]
     moved: int
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Panel = Callable[[Axes], None]
 
-_NAMES = {"rigl": "unstructured, RigL", "set": "unstructured, SET", "frozen": "learned, frozen at its start"}
+_NAMES = {"rigl": "unstructured, RigL", "set": "unstructured, SET", "frozen": "soft, frozen at its start"}
 
 
 def study_chart(summary: ModelSummary) -> str:

@@ -22,7 +22,8 @@ class CellFigures:
     Seconds leave that training out. `step_seconds` is the mean over the run, `soft_step_seconds` that of the steps up
     to the last logged one with a soft permutation; None without such steps. `peak_bytes` is the most resident memory of
     the run's process (with a GPU: of its host side), None where it was not seen. `moved` counts entries of learned
-    permutations that ended elsewhere than they began.
+    permutations that ended elsewhere than the assignment had put them, `moved_in_training` elsewhere than training
+    began with.
     """
 
     model: str
@@ -49,6 +50,7 @@ class CellFigures:
     eval_data: str
     eval_digest: str
     hardware: str
+    moved_in_training: int = 0
 
     @property
     def score(self) -> float:
@@ -90,6 +92,7 @@ def read_figures(cell: Cell, run: Path, peak_bytes: int | None) -> CellFigures:
         peak_bytes=peak_bytes,
         learned=permutations["learned"],
         moved=permutations["moved_from_start"],
+        moved_in_training=permutations.get("moved_in_training", permutations["moved_from_start"]),
         eval_data=results["eval_data"],
         eval_digest=results["eval_digest"],
         hardware=results["environment"]["hardware"],

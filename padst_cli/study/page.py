@@ -19,7 +19,8 @@ _NAMES: Final = {
     "random": "random permutation",
     "assignment": "assignment",
     "learned": "learned",
-    "frozen": "learned, frozen at its start",
+    "soft": "soft",
+    "frozen": "soft, frozen at its start",
     "start": "one shot: padst's own start",
     "magnitude": "one shot: magnitude",
     "wanda": "one shot: Wanda",
@@ -61,10 +62,12 @@ _READING: Final = f"""## How to read this
 - *Gap closed* is (method − none) / (unstructured − none) in KL: 0 is as good as no permutation, 1 as good as the
   better unstructured control. It is not told where unstructured is not better than none by more than {CLEAR:g} standard
   errors.
-- *Frozen at its start* is the learner with its soft matrices never updated: what it does better than that, it
-  has learned.
-- *One shot* rows were never trained, and stand in no difference and no chart: padst's own start (assignment, saliency,
-  refit), and magnitude, Wanda and SparseGPT, layer by layer with the inputs of the already sparse model.
+- *Assignment* finds the order of each layer once, by saliency. *Learned* goes on from there; by the learner of the
+  recipe, which is `refined` where it names none: on the calibration data, before training. *Soft* goes on from what is
+  refined with the paper's matrices; *frozen at its start* are the same matrices never updated, so that what soft does
+  better than that, training has taught it.
+- *One shot* rows were never trained, and stand in no difference and no chart: padst's own start (saliency, assignment,
+  refining, refit), and magnitude, Wanda and SparseGPT, layer by layer with the inputs of the already sparse model.
 - Perplexities are averaged as logarithms."""
 
 
@@ -187,19 +190,26 @@ def _contrast_table(summary: ModelSummary, comparison: Comparison, contrasts: Se
 
 def _learning_table(rows: Sequence[Row], contrasts: Sequence[Contrast]) -> str:
     """What learning moved, and what that was worth; empty where nothing was learned."""
-    moved = {(row.structure, row.method): row.moved for row in rows}
+    by_method = {(row.structure, row.method): row for row in rows}
     cells = [
         (
             each.structure,
             _NAMES.get(each.method, each.method),
-            ", ".join(map(str, moved[each.structure, each.method])),
+            *(", ".join(map(str, counts)) for counts in (row.moved, row.moved_in_training)),
             _difference(each.assignment_kl),
             _difference(each.frozen_kl),
         )
         for each in contrasts
-        if moved[each.structure, each.method]
+        if (row := by_method[each.structure, each.method]).moved
     ]
-    columns = ("structure", "method", "entries moved (by seed)", "KL − assignment", "KL − frozen")
+    columns = (
+        "structure",
+        "method",
+        "entries moved (by seed)",
+        "of these in training",
+        "KL − assignment",
+        "KL − frozen",
+    )
     return _table(columns, cells) if cells else ""
 
 

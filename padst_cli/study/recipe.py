@@ -21,7 +21,7 @@ EMBEDDED: Final = "embedded"
 """The model that stands for the checkpoint that comes with padst."""
 
 Structured = Literal["diag", "nm", "block"]
-PermutationMethod = Literal["none", "random", "assignment", "learned", "frozen"]
+PermutationMethod = Literal["none", "random", "assignment", "learned", "soft", "frozen"]
 Control = Literal["rigl", "set"]
 OneShot = Literal["start", "magnitude", "wanda", "sparsegpt"]
 Changes = Mapping[str, Any]
@@ -33,9 +33,11 @@ PERMUTATIONS: Final[Mapping[str, Changes]] = {
     "random": {"permutation.kind": "random"},
     "assignment": {"permutation.kind": "assignment"},
     "learned": {"permutation.kind": "learned"},
-    "frozen": {"permutation.kind": "learned", "permutation.frozen": True},
+    "soft": {"permutation.kind": "learned", "permutation.learner": "soft"},
+    "frozen": {"permutation.kind": "learned", "permutation.learner": "soft", "permutation.frozen": True},
 }
-"""What each method changes in the run recipe; frozen is the learner held at its start."""
+"""What each method changes in the run recipe: learned takes the recipe's learner, soft the paper's, and frozen is the
+latter held at its start."""
 
 CONTROLS: Final[Mapping[str, Changes]] = {
     method: {"structure": "unstructured", "permutation.kind": "none", "support.method": method}
@@ -44,7 +46,7 @@ CONTROLS: Final[Mapping[str, Changes]] = {
 """The unstructured runs that a structure is held against."""
 
 ONE_SHOT: Final[Mapping[str, Changes]] = {
-    "start": {"permutation.kind": "assignment", "support.start_density": None},
+    "start": {"permutation.kind": "learned", "permutation.learner": "refined", "support.start_density": None},
     **{
         method: {"permutation.kind": "none", "calibration.start": method, "support.start_density": None}
         for method in ("magnitude", "wanda", "sparsegpt")
@@ -110,7 +112,7 @@ class StudyRecipe(Document):
     models: tuple[StudyModel, ...] = Field(min_length=1)
     structures: dict[Structured, Changes] = Field(default={"diag": {}, "nm": {}, "block": {}})
     sparsities: tuple[Sparsity, ...] = Field(default=(0.8, 0.9, 0.95), min_length=1)
-    permutations: tuple[PermutationMethod, ...] = ("none", "random", "assignment", "learned", "frozen")
+    permutations: tuple[PermutationMethod, ...] = ("none", "random", "assignment", "learned", "soft", "frozen")
     controls: tuple[Control, ...] = ("rigl", "set")
     methods: Mapping[str, Changes] = {}
     one_shot: tuple[OneShot, ...] = ()

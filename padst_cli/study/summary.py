@@ -19,8 +19,8 @@ class Row:
     """All seeds of one method: `kl` to the dense model (None where it is not measured) and `score`, and its cost.
 
     `start` is the score before training; seconds are those of a step, over the run and over its soft phase; bytes the
-    most resident memory; `moved` has one count a seed, empty for a method that learns no permutation. What is
-    `one_shot` was never trained.
+    most resident memory; `moved` and `moved_in_training` have one count a seed, empty for a method that learns no
+    permutation. What is `one_shot` was never trained.
     """
 
     structure: str
@@ -32,6 +32,7 @@ class Row:
     soft_step_seconds: Interval | None
     peak_bytes: Interval | None
     moved: tuple[int, ...]
+    moved_in_training: tuple[int, ...]
     one_shot: bool
 
 
@@ -93,6 +94,7 @@ class Comparison:
         cells = self._of(structure, method)
         score = interval([cell.score for cell in cells])
         start = interval([score_of(cell.metric, cell.initial) for cell in cells])
+        learned = any(cell.learned for cell in cells)
         assert score is not None
         assert start is not None
         return Row(
@@ -106,7 +108,8 @@ class Comparison:
                 [cell.soft_step_seconds for cell in cells if cell.soft_step_seconds is not None]
             ),
             peak_bytes=interval([cell.peak_bytes for cell in cells if cell.peak_bytes is not None]),
-            moved=tuple(cell.moved for cell in cells) if any(cell.learned for cell in cells) else (),
+            moved=tuple(cell.moved for cell in cells if learned),
+            moved_in_training=tuple(cell.moved_in_training for cell in cells if learned),
             one_shot=method in ONE_SHOT,
         )
 

@@ -20,19 +20,21 @@ from padst_cli.permutation.soft import normalised_penalty
 from padst_cli.recipe import Recipe
 from padst_cli.training.sparse_linear import Permutation, SparseLinear
 
-Cause = Literal["penalty", "deadline"]
+Cause = Literal["penalty", "deadline", "start"]
 
 
 @dataclass(frozen=True)
 class HardenedRecord:
     """One permutation that became its last index: after which step, at which normalised penalty (0 where it was an
-    index all along), why, how many entries had moved."""
+    index all along), why ("start": before training), how many entries had moved, since the assignment and in training
+    alone."""
 
     step: int
     layer: str
     penalty: float
     cause: Cause
     moved: int
+    moved_in_training: int = 0
 
 
 def labelled(layers: Mapping[str, SparseLinear]) -> dict[str, Permutation]:
@@ -47,6 +49,18 @@ def labelled(layers: Mapping[str, SparseLinear]) -> dict[str, Permutation]:
             if all(perm is not other for other in found.values()):
                 found[name if len(sides) == 1 else f"{name}:{side}"] = perm
     return found
+
+
+def record_of(label: str, perm: Permutation, done: int, penalty: float, cause: Cause) -> HardenedRecord:
+    """What there is to say of a permutation that has become its last index."""
+    return HardenedRecord(done, label, penalty, cause, perm.moved, perm.moved_in_training)
+
+
+def learned_before(layers: Mapping[str, SparseLinear], recipe: Recipe) -> list[HardenedRecord]:
+    """The permutations that the learner `refined` hands over to training as what they stay."""
+    if not recipe.permutation.is_refined:
+        return []
+    return [record_of(label, perm, 0, 0.0, "start") for label, perm in labelled(layers).items()]
 
 
 class Hardener:
@@ -107,7 +121,7 @@ class Hardener:
         (matrix,) = perm.parameters()
         perm.harden(broadcast(perm.rounded()))
         forget_parameter(optimizer, matrix)
-        return HardenedRecord(done, label, penalty, cause, perm.moved)
+        return record_of(label, perm, done, penalty, cause)
 
 
 def forget_parameter(optimizer: Optimizer, parameter: Tensor) -> None:

@@ -8,7 +8,7 @@ assignment (`permutation/assignment.py`) starts from the present order, and a ne
 of the saliency by a margin, because every jump costs what training had built on the old order.
 
 Both halves are made cheap: values outside the support hear the gradient of every `GRADIENT_EVERY`th step alone, and an
-update goes `SEARCH_ROUNDS` rounds further from the present order, where the assignment at the start goes until it rests.
+update goes `SEARCH_ROUNDS` further from the present order, where the assignment at the start goes on until it rests.
 
 The latent weight is held in the coordinates of S, like every sparse layer's, so that nothing but an update knows of it;
 whoever takes a new order carries the weight, its gradient and its moments along. A layer without a permutation (the
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from padst_cli.permutation.apply import compose, from_structure, identity, to_structure
 from padst_cli.permutation.assignment import kept_share, search_together
 from padst_cli.recipe import PermutationRecipe, Recipe
-from padst_cli.training.hardening import HardenedRecord, labelled
+from padst_cli.training.hardening import HardenedRecord, labelled, record_of
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import SparseLinear
 
@@ -139,9 +139,7 @@ class Projection:
             for moment in _moments(layer, optimizer):
                 moment.masked_fill_(~layer.mask, 0.0)
             layer.drop_latent()
-        records = [
-            HardenedRecord(done, label, 0.0, "deadline", perm.moved) for label, perm in self.permutations.items()
-        ]
+        records = [record_of(label, perm, done, 0.0, "deadline") for label, perm in self.permutations.items()]
         self.layers, self.permutations = {}, {}
         return records
 

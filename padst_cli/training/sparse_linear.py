@@ -52,7 +52,8 @@ class _Masked(torch.autograd.Function):
 class Permutation(nn.Module):
     """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
 
-    `start` int32 `[d]` is where it began. Exactly one of `log_matrix` (a Parameter, the logarithm of M), `lookup` (the
+    `start` int32 `[d]` is where training began, `assigned` int32 `[d]` where learning did (by default there, too).
+    Exactly one of `log_matrix` (a Parameter, the logarithm of M), `lookup` (the
     learner `straight-through`, given a `group`) and `index` (a buffer) is there.
     """
 
@@ -63,11 +64,14 @@ class Permutation(nn.Module):
         mixing: float | None,
         dtype: torch.dtype = torch.float32,
         group: int | None = None,
+        assigned: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.start: Tensor
+        self.assigned: Tensor
         self.index: Tensor | None
         self.register_buffer("start", start.clone())
+        self.register_buffer("assigned", (start if assigned is None else assigned).clone())
         soft, lookup = None, None
         if mixing is not None and group is not None:
             lookup = HardLookup(start, mixing, group, dtype)
@@ -127,7 +131,12 @@ class Permutation(nn.Module):
 
     @property
     def moved(self) -> int:
-        """How many entries of the present (rounded) permutation differ from the start."""
+        """How many entries of the present (rounded) permutation differ from the assignment."""
+        return int((self.rounded() != self.assigned).sum())
+
+    @property
+    def moved_in_training(self) -> int:
+        """How many differ from where training began."""
         return int((self.rounded() != self.start).sum())
 
 
@@ -136,7 +145,8 @@ class SparseLinear(nn.Module):
 
     `weight` is a Parameter over all of `[out, in]`. Its `.grad` is dense where `dense_gradient` asks for it, so that
     support updates can look outside the mask, and may be dense otherwise: whoever steps it must zero it outside `mask`
-    first, except where a `latent` weight wants all of it (`training/projected.py`). Input `[..., in]`, output `[..., out]`.
+    first, except where a `latent` weight wants all of it (`training/projected.py`). Input `[..., in]`, output
+    `[..., out]`.
 
     The product with S runs on kernels that skip its zeros where these serve and pay (`padst_kernels`), else as
     a dense product with the masked weight. A permutation that is an index is folded into the kernel.
@@ -341,12 +351,16 @@ def sparsify_modules(
             weight = torch.where(start.mask, start.weight, dense)
         perms: dict[str, Permutation | None] = {"input": None, "output": None}
         sizes = {"input": planned.in_features, "output": planned.out_features}
-        for side, index in (("input", start.perm_in), ("output", start.perm_out)):
+        for side, index, assigned in (
+            ("input", start.perm_in, start.assigned_in),
+            ("output", start.perm_out, start.assigned_out),
+        ):
             if recipe.permutation.kind == "learned" and side in planned.sides:
                 index = identity(sizes[side]) if index is None else index
                 mixing = recipe.permutation.mixing if recipe.permutation.is_soft else None
-                soft = Permutation(index, mixing=mixing, dtype=dtype, group=recipe.permutation.lookup_group)
-                perms[side] = soft.requires_grad_(not recipe.permutation.frozen)
+                group = recipe.permutation.lookup_group
+                learned = Permutation(index, mixing=mixing, dtype=dtype, group=group, assigned=assigned)
+                perms[side] = learned.requires_grad_(not recipe.permutation.frozen)
             elif index is not None:
                 perms[side] = Permutation(index, mixing=None)
         if planned.shared and perms["input"] is not None:

@@ -27,7 +27,7 @@ from padst_cli.recipe import Recipe
 from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
-from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter
+from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter, learned_before
 from padst_cli.training.objective import TEACHER_LOGITS, Batch, Objective
 from padst_cli.training.projected import GRADIENT_EVERY, Projection
 from padst_cli.training.remembered import remember, worth_remembering
@@ -138,6 +138,9 @@ class _Trainer:
         self.projection = Projection(self.layers, self.recipe)
         self._build_optimizer()
         self.average = Average(self.weights, self.recipe.training)
+        if state is None:
+            for record in learned_before(self.layers, self.recipe):
+                self._record(record)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])

@@ -347,11 +347,25 @@ def dense_before(family: str, name: str, make_model) -> Tensor:
     return make_model(family).get_submodule(name).weight.detach().T
 
 
+def test_an_assigned_order_stays_and_its_support_is_refined(make_model, make_batches) -> None:
+    model, batches = make_model("llama"), make_batches("llama")
+    changes = {"structure": "nm", "permutation__kind": "assignment"}
+    plain, refined = (run(model, batches, **changes, calibration__refine_rounds=rounds) for rounds in (0, 8))
+    pairs = [(plain.starts[name], refined.starts[name]) for name in plain.starts]
+    assert all(torch.equal(one.perm_in, one.assigned_in) for pair in pairs for one in pair)
+    first = plain.plan.layers[0].name
+    assert torch.equal(plain.starts[first].perm_in, refined.starts[first].perm_in)
+    assert not torch.equal(plain.starts[first].mask, refined.starts[first].mask)
+    learned = run(model, batches, **{**changes, "permutation__kind": "learned"}, calibration__refine_rounds=8)
+    assert torch.equal(learned.starts[first].assigned_in, plain.starts[first].perm_in)
+    assert not torch.equal(learned.starts[first].perm_in, plain.starts[first].perm_in)
+
+
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
 def test_refining_lowers_the_error_of_the_start(structure: str, make_model, make_batches) -> None:
     """Of the first layer: those after it see other inputs. Rows count alike: then the error is what is refined for."""
     model, batches = make_model("llama"), make_batches("llama")
-    changes = {"structure": structure, "calibration__sensitivity": 0.0}
+    changes = {"structure": structure, "permutation__kind": "learned", "calibration__sensitivity": 0.0}
     plain, refined = (run(model, batches, **changes, calibration__refine_rounds=rounds) for rounds in (0, 8))
     name = plain.plan.layers[0].name
     assert refined.starts[name].error < 0.97 * plain.starts[name].error

@@ -30,15 +30,15 @@ def grid(**changes: Any) -> StudyRecipe:
 
 def test_every_place_of_the_grid_is_there_once() -> None:
     cells = expand(grid())
-    # (2 controls + 2 structures x (5 permutations + 1 extra method)) x 3 (model, sparsity) pairs x 2 seeds
-    assert len(cells) == (2 + 2 * 6) * 3 * 2 == len({cell.name for cell in cells})
-    assert [cell.seed for cell in cells] == [0] * 42 + [7] * 42, "a whole seed before the next"
-    first = [(cell.structure, cell.method) for cell in cells[:14]]
+    # (2 controls + 2 structures x (6 permutations + 1 extra method)) x 3 (model, sparsity) pairs x 2 seeds
+    assert len(cells) == (2 + 2 * 7) * 3 * 2 == len({cell.name for cell in cells})
+    assert [cell.seed for cell in cells] == [0] * 48 + [7] * 48, "a whole seed before the next"
+    first = [(cell.structure, cell.method) for cell in cells[:16]]
     assert first[:3] == [("unstructured", "rigl"), ("unstructured", "set"), ("diag", "none")]
     assert set(first[2:]) == {
         (structure, method)
         for structure in ("diag", "block")
-        for method in ("none", "random", "assignment", "learned", "frozen", "static")
+        for method in ("none", "random", "assignment", "learned", "soft", "frozen", "static")
     }
 
 
@@ -63,6 +63,7 @@ def test_a_cell_holds_the_whole_recipe() -> None:
         ("random", "random", False, "rigl"),
         ("assignment", "assignment", False, "rigl"),
         ("learned", "learned", False, "rigl"),
+        ("soft", "learned", False, "rigl"),
         ("frozen", "learned", True, "rigl"),
         ("static", "assignment", False, "static"),
     ],
@@ -99,7 +100,7 @@ def test_what_is_never_trained() -> None:
     for cell in cells:
         assert (cell.recipe.training.steps, cell.recipe.dense_control) == (0, False)
         assert cell.recipe.calibration.start == ("saliency" if cell.method == "start" else cell.method)
-        assert cell.recipe.permutation.kind == ("assignment" if cell.method == "start" else "none")
+        assert cell.recipe.permutation.kind == ("learned" if cell.method == "start" else "none")
         assert cell.recipe.nm == ("2:4" if cell.structure == "2:4" else None)
     own = [cell for cell in expand(study) if cell.method == "wanda" and cell.seed == 7 and cell.model == "own"]
     assert [cell.structure for cell in own] == ["unstructured", "nm", "2:4"], "0.5 is this model's own sparsity"
@@ -109,5 +110,5 @@ def test_what_is_never_trained() -> None:
 def test_an_impossible_recipe_names_its_cell() -> None:
     with pytest.raises(PadstError, match=r"cell 'one-.*training\.step.*did you mean 'steps'"):
         expand(grid(recipe={"training": {"step": 3}}))
-    with pytest.raises(PadstError, match=r"cell 'one-block-soft-0.8-seed0'.*dynadiag"):
-        expand(grid(methods={"soft": {"support.method": "dynadiag"}}))
+    with pytest.raises(PadstError, match=r"cell 'one-block-gated-0.8-seed0'.*dynadiag"):
+        expand(grid(methods={"gated": {"support.method": "dynadiag"}}))

@@ -31,6 +31,7 @@ def cells(figures: Make) -> list[CellFigures]:
             figures("block", "none", seed, 2.0 + shift * 1.2, 20.0),
             figures("block", "assignment", seed, 1.5 + shift, 16.0),
             figures("block", "learned", seed, 1.25 + shift, 14.0, learned=8, moved=100 + seed, soft_step_seconds=0.15),
+            figures("block", "soft", seed, 1.3 + shift, 14.5, learned=8, moved=110 + seed, moved_in_training=5 + seed),
             figures("block", "frozen", seed, 1.6 + shift, 16.5, learned=8, moved=0),
         ]
     return found
@@ -70,7 +71,7 @@ def row(text: str, *starts: str) -> str:
 
 def test_the_page_says_what_was_found(cells: list[CellFigures]) -> None:
     text = page(cells, failures={"tiny-x": "the loss is nan"}, open_cells=2)
-    assert "18 of 21 cells done, 1 failed, 2 still to run" in text
+    assert "21 of 24 cells done, 1 failed, 2 still to run" in text
     assert "- `tiny-x`: the loss is nan" in text
     assert "Not in this study" not in text
     assert "![Held-out perplexity against sparsity](tiny.svg)" in text
@@ -81,7 +82,8 @@ def test_the_page_says_what_was_found(cells: list[CellFigures]) -> None:
     assert "- **block, learned**: KL **-0.75 [" in text
     assert "against no permutation" in text
     assert "against unstructured (SET); gap closed 0.75. In the mean learned is no worse than assignment" in text
-    assert row(text, "block", "learned", "100, 101, 102")
+    assert row(text, "block", "learned", "100, 101, 102", "0, 0, 0")
+    assert row(text, "block", "soft", "110, 111, 112", "5, 6, 7")
     assert row(text, "block", "learned", "100 ms (× 1.00)") == (
         "| block | learned | 100 ms (× 1.00) | 150 ms (× 1.50) | 500 MB (× 1.00) |"
     )
@@ -132,7 +134,7 @@ def test_images_keep_their_metric_and_features_do_without_a_divergence(figures: 
 def test_what_the_grid_leaves_out_is_said(cells: list[CellFigures]) -> None:
     small = STUDY.model_copy(update={"permutations": ("none", "learned"), "controls": ("rigl",)})
     text = study_page(small, cells, summarise(cells), {}, 0, {"tiny": "tiny.svg"}, "padst study")
-    assert "Not in this study: random permutation, assignment, learned, frozen at its start, SET." in text
+    assert "Not in this study: random permutation, assignment, soft, soft, frozen at its start, SET." in text
 
 
 def test_what_was_never_trained_stands_apart(cells: list[CellFigures], figures: Make) -> None:
@@ -174,7 +176,7 @@ def test_the_chart_has_a_line_a_method_and_both_dense_lines(
     svg = study_chart(summary)
     found = texts(svg)
     lines = ["dense, as it came", "dense, fine-tuned", "unstructured, RigL", "unstructured, SET", "none", "assignment"]
-    for name in (*lines, "learned", "learned, frozen at its start"):
+    for name in (*lines, "learned", "soft, frozen at its start"):
         assert found.count(name) == 1, "one legend for all panels"
     assert {"sparsity (block)", "sparsity (diag)"} <= set(found)
     assert all(f"{sparsity:g}" in found for sparsity in sparsities)

@@ -31,7 +31,7 @@ def test_shipped_studies_are_whole(name: str, monkeypatch: pytest.MonkeyPatch) -
     study = load_study(name, {})
     assert StudyRecipe.from_dict(yaml.safe_load(study.to_yaml())) == study
     assert set(study.structures) == {"diag", "nm", "block"}
-    assert study.permutations == ("none", "random", "assignment", "learned", "frozen")
+    assert study.permutations == ("none", "random", "assignment", "learned", "soft", "frozen")
     assert study.controls == ("rigl", "set")
     assert len(study.seeds) >= 3
     assert study.steps >= 600
@@ -109,4 +109,4 @@ def test_of_the_extra_methods_only_the_named_ones_stay(monkeypatch: pytest.Monke
     with pytest.raises(PadstError, match=r"no method 'projecte' \(did you mean 'projected'\?\); .* projected,"):
         load_study("study-small", {}, methods=["projecte"])
     with pytest.raises(PadstError, match="it has no extra methods"):
-        load_study("study-stories", {}, methods=["projected"])
+        load_study("study-deit", {}, methods=["projected"])

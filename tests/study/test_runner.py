@@ -51,7 +51,8 @@ metric = {"name": "perplexity", "dense": 8.0, "dense_finetuned": None, "initial"
 results = {
     "sparsity_achieved": 0.9, "task": "causal-lm", "metric": metric, "kl_to_dense": 1.0 + seed / 10,
     "dense_finetuned_kl_to_dense": None, "steps": 10, "seconds": 9.0, "eval_data": "h.txt", "eval_digest": "d",
-    "permutations": {"learned": 4, "moved_from_start": 17}, "environment": {"hardware": "some CPU"},
+    "permutations": {"learned": 4, "moved_from_start": 17, "moved_in_training": 3},
+    "environment": {"hardware": "some CPU"},
 }
 events = [
     {"event": "Step", "step": 2, "seconds": 0.8, "hardened": 0, "layers": 4, "control": False},
@@ -125,7 +126,7 @@ def test_all_cells_are_run_once(bench: Bench) -> None:
     ]  # fmt: skip
     first = result.cells[0]
     assert (first.seconds, first.step_seconds, first.soft_step_seconds) == (6.0, 0.2, 0.4), "without the dense control"
-    assert (first.learned, first.moved) == (4, 17)
+    assert (first.learned, first.moved, first.moved_in_training) == (4, 17, 3)
     assert first.peak_bytes is not None
     assert first.peak_bytes > 1_000_000
     assert (result.failures, result.unfinished) == ({}, ())

@@ -52,6 +52,7 @@ class Bench:
             "support.every": 3,
             "support.fraction": 0.4,
             "permutation.deadline": 0.5,
+            "permutation.learner": "soft",
         }
         return Recipe().updated({**base, **changes})
 

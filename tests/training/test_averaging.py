@@ -56,7 +56,10 @@ def test_a_run_ends_at_the_mean_of_its_last_weights_on_their_support(bench, chan
     ("changes", "words"),
     [
         ({}, "before support.until 0.75"),
-        ({"support.until": 0.5, "permutation.deadline": 0.9}, "before permutation.deadline 0.9"),
+        (
+            {"support.until": 0.5, "permutation.deadline": 0.9, "permutation.learner": "soft"},
+            "before permutation.deadline 0.9",
+        ),
         ({"support.method": "static", "support.start_density": 0.8, "support.density_until": 0.7}, "density_until 0.7"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Saved, Step
 from padst_cli.training.sparse_linear import sparse_layers
-from padst_cli.training.state import StateStore, random_state, restore_random_state, stop_on_signals
+from padst_cli.training.state import STATE_VERSION, StateStore, random_state, restore_random_state, stop_on_signals
 
 
 def interrupt_at(step, events):
@@ -87,7 +87,7 @@ def test_the_state_is_readable_without_running_code(bench, tmp_path):
 
 def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
     store = StateStore(tmp_path)
-    store.save({"version": 2, "step": 1})
+    store.save({"version": STATE_VERSION, "step": 1})
 
     class Killed(BaseException):
         pass
@@ -99,10 +99,10 @@ def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"padst_cli.training.state.os.{name}", die)
             with pytest.raises(Killed):
-                store.save({"version": 2, "step": 2})
+                store.save({"version": STATE_VERSION, "step": 2})
         assert store.step() == 1
     assert store.path.with_suffix(".pt.partial").exists()
-    store.save({"version": 2, "step": 3})
+    store.save({"version": STATE_VERSION, "step": 3})
     assert store.step() == 3
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     store.clear()
@@ -111,14 +111,14 @@ def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_said_and_the_last_state_stays(tmp_path, monkeypatch):
     store = StateStore(tmp_path)
-    store.save({"version": 2, "step": 1})
+    store.save({"version": STATE_VERSION, "step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("padst_cli.training.state.os.fsync", full)
     with pytest.raises(PadstError, match="free some space"):
-        store.save({"version": 2, "step": 2})
+        store.save({"version": STATE_VERSION, "step": 2})
     assert store.step() == 1
 
 

@@ -83,7 +83,7 @@ def test_hardening_keeps_the_index_in_use():
     before = perm(x)
     perm.harden(perm.rounded())
     assert not perm.is_soft
-    assert list(perm.state_dict()) == ["start", "index"]
+    assert list(perm.state_dict()) == ["start", "assigned", "index"]
     assert torch.equal(perm(x), before)
 
 

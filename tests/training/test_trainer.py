@@ -51,6 +51,7 @@ def test_frozen_permutations_keep_the_schedule_and_never_move(bench, events):
     student, result = bench.train(bench.recipe(**{"permutation.frozen": True}), on_event=events.append)
     assert result.permutations == {
         "learned": 8, "hardened_by_penalty": 0, "hardened_at_deadline": 8, "moved_from_start": 0,
+        "moved_in_training": 0,
     }  # fmt: skip
     soft = [event for event in of(Step, events) if event.penalties]
     assert {event.step for event in soft} == {1, 2, 3, 4, 5}
@@ -59,6 +60,25 @@ def test_frozen_permutations_keep_the_schedule_and_never_move(bench, events):
     assert moved.permutations["learned"] == 8
     fixed, other = (next(iter(sparse_layers(model).values())) for model in (student, moving))
     assert not torch.equal(fixed.weight, other.weight), "where they do learn, the weights train around other matrices"
+
+
+def test_what_was_learned_before_training_stays_and_is_told_at_its_start(bench, events):
+    recipe = bench.recipe(**{"permutation.learner": "refined", "calibration.refine_rounds": 8})
+    student = bench.student(recipe)[1]
+    perms = [perm for layer in sparse_layers(student).values() for _, perm in layer.permutations()]
+    for perm in perms:
+        perm.assigned.copy_(perm.assigned.roll(1))
+    before = [perm.index.clone() for perm in perms]
+    moved = sum(int((perm.index != perm.assigned).sum()) for perm in perms)
+    _, result = bench.train(recipe, student=student, on_event=events.append)
+    assert all(torch.equal(perm.index, index) for perm, index in zip(perms, before, strict=True))
+    assert result.permutations == {
+        "learned": 8, "hardened_by_penalty": 0, "hardened_at_deadline": 8, "moved_from_start": moved,
+        "moved_in_training": 0,
+    }  # fmt: skip
+    assert moved > 0
+    assert {(event.step, event.cause) for event in of(Hardened, events)} == {(0, "start")}
+    assert all(not event.penalties and event.hardened == event.layers == 8 for event in of(Step, events))
 
 
 def test_frozen_lookups_never_move(bench):
@@ -123,6 +143,7 @@ def test_the_dense_control_runs_through_the_same_loop(bench, events):
     result = train(model, objective, bench.dataset, recipe, make_accelerator("cpu"), **options)
     assert result.permutations == {
         "learned": 0, "hardened_by_penalty": 0, "hardened_at_deadline": 0, "moved_from_start": 0,
+        "moved_in_training": 0,
     }  # fmt: skip
     assert all(event.control for event in of(Step, events))
     assert not of(SupportUpdated, events)
