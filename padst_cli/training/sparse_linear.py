@@ -330,10 +330,10 @@ def sparsify_modules(
 ) -> None:
     """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
 
-    With permutations of kind "learned" the planned sides begin at the start's permutation (the identity where it has
-    none), soft around it where the learner wants that; otherwise the start's permutations are taken as they are. Layers
-    that share their input permutation hold the same module. DynaDiag and the learner `projected` need `teacher`, whose
-    dense weights are the latent values outside the support.
+    With permutations of kind "learned" the planned sides begin at the start's permutation (where it has none, learners
+    other than `refined` begin at the identity), soft around it where the learner wants that; otherwise the start's
+    permutations are taken as they are. Layers that share their input permutation hold the same module. DynaDiag and the
+    learner `projected` need `teacher`, whose dense weights are the latent values outside the support.
     """
     shared: dict[str, Permutation] = {}
     for planned in plan.layers:
@@ -349,20 +349,10 @@ def sparsify_modules(
             latent = Latent(planned.in_features, dtype)
             dense = to_structure(_dense_weight(teacher, planned).to(start.weight), start.perm_in, start.perm_out)
             weight = torch.where(start.mask, start.weight, dense)
-        perms: dict[str, Permutation | None] = {"input": None, "output": None}
-        sizes = {"input": planned.in_features, "output": planned.out_features}
-        for side, index, assigned in (
-            ("input", start.perm_in, start.assigned_in),
-            ("output", start.perm_out, start.assigned_out),
-        ):
-            if recipe.permutation.kind == "learned" and side in planned.sides:
-                index = identity(sizes[side]) if index is None else index
-                mixing = recipe.permutation.mixing if recipe.permutation.is_soft else None
-                group = recipe.permutation.lookup_group
-                learned = Permutation(index, mixing=mixing, dtype=dtype, group=group, assigned=assigned)
-                perms[side] = learned.requires_grad_(not recipe.permutation.frozen)
-            elif index is not None:
-                perms[side] = Permutation(index, mixing=None)
+        perms = {
+            "input": _permutation("input", start.perm_in, start.assigned_in, planned, recipe, dtype),
+            "output": _permutation("output", start.perm_out, start.assigned_out, planned, recipe, dtype),
+        }
         if planned.shared and perms["input"] is not None:
             perms["input"] = shared.setdefault(planned.shared[0], perms["input"])
         new = SparseLinear(
@@ -378,6 +368,23 @@ def sparsify_modules(
         new.train(old.training)
         parent, _, leaf = planned.name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, new.to(old_weight.device))
+
+
+def _permutation(
+    side: str, index: Tensor | None, assigned: Tensor | None, planned: LayerPlan, recipe: Recipe, dtype: torch.dtype
+) -> Permutation | None:
+    """One side's permutation as training begins with it: to be learned, learned already, or as the start has it."""
+    choice = recipe.permutation
+    learned = choice.kind == "learned" and side in planned.sides
+    if learned and index is None and not choice.is_refined:
+        index = identity(planned.in_features if side == "input" else planned.out_features)
+    if index is None:
+        return None
+    if not learned:
+        return Permutation(index, mixing=None)
+    mixing = choice.mixing if choice.is_soft else None
+    made = Permutation(index, mixing=mixing, dtype=dtype, group=choice.lookup_group, assigned=assigned)
+    return made.requires_grad_(not choice.frozen)
 
 
 def _dense_weight(teacher: nn.Module | None, planned: LayerPlan) -> Tensor:
