@@ -261,7 +261,8 @@ class Figures:
         shown = self._shown
         if isinstance(event, Step):
             shown["loss"] = f"loss {event.loss:.3f}"
-            if event.layers:
+            # Where nothing is left to learn from the first step on, the count would say nothing.
+            if event.hardened < event.layers or "hardened" in shown:
                 shown["hardened"] = f"{event.hardened}/{event.layers} hardened"
             return "dense control" if event.control else "train", event.step, event.steps
         if isinstance(event, CalibrationProgress):

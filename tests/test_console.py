@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from padst_cli import console as module
-from padst_cli.console import Console, LiveProgress, PlainProgress, to_json
+from padst_cli.console import Console, Figures, LiveProgress, PlainProgress, to_json
 from padst_cli.errors import PadstError
 from padst_cli.events import (
     CalibrationProgress,
@@ -36,6 +36,15 @@ class _Result:
 
 
 RESULT = _Result(Path("out"), float("nan"), [{"density": 0.1, "error": float("inf")}])
+
+
+def test_what_was_hard_from_the_first_step_on_is_not_counted() -> None:
+    figures = Figures()
+    figures.take(replace(_step(1), hardened=16))
+    assert figures.text == "loss 3.250"
+    figures.take(_step(2))
+    figures.take(replace(_step(3), hardened=16))
+    assert figures.text == "loss 3.250  16/16 hardened", "but where some were not, the end is shown"
 
 
 def _step(step: int, steps: int = 100, **more: Any) -> Step:

@@ -185,14 +185,16 @@ def _permutations(data: ReportData, curves: History) -> list[tuple[str, str]]:
         return []
     counts = data.result["permutations"]
     rows = [("layers with a permutation", str(sum(bool(row.sides) for row in data.layers)))]
-    rows += [(key.replace("_", " "), f"{value:,}") for key, value in counts.items()]
+    never_soft = all(done.cause == "start" for done in curves.hardenings)
+    shown = {key: value for key, value in counts.items() if not (never_soft and key.startswith("hardened"))}
+    rows += [(key.replace("_", " "), f"{value:,}") for key, value in shown.items()]
     if curves.hardenings:
         entries = sum(_length(data, done) for done in curves.hardenings)
         moved = sum(done.moved for done in curves.hardenings)
         share = f"{moved:,} of {entries:,} ({100 * moved / entries:.1f} %)" if entries else f"{moved:,}"
         unmoved = sum(done.moved == 0 for done in curves.hardenings)
         rows = [row for row in rows if row[0] != "moved from start"]
-        rows.append(("entries that moved from their start", share))
+        rows.append(("entries that moved from the assignment", share))
         rows.append(("permutations in which no entry moved", str(unmoved)))
     return rows
 

@@ -139,8 +139,7 @@ class _Trainer:
         self._build_optimizer()
         self.average = Average(self.weights, self.recipe.training)
         if state is None:
-            for record in learned_before(self.layers, self.recipe):
-                self._record(record)
+            self._tell_learned()
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -325,6 +324,15 @@ class _Trainer:
     def _settle(self) -> None:
         for record in self.projection.settle(self.progress.step, self.optimizer):
             self._record(record)
+
+    def _tell_learned(self) -> None:
+        """Of the permutations that were learned before training."""
+        records = learned_before(self.layers, self.recipe)
+        for record in records:
+            self._record(record)
+        if records:
+            words = f"{len(records)} permutations learned on the calibration data: {sum(r.moved for r in records):,}"
+            self.on_event(Message(f"{words} entries moved from the assignment"))
 
     def _record(self, record: HardenedRecord) -> None:
         self.progress.hardened.append(record)

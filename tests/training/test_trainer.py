@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from padst_cli.errors import PadstError
-from padst_cli.events import Evaluated, Hardened, Saved, Step, SupportUpdated
+from padst_cli.events import Evaluated, Hardened, Message, Saved, Step, SupportUpdated
 from padst_cli.training.hardening import Hardener
 from padst_cli.training.objective import build_objective
 from padst_cli.training.sparse_linear import finished_layers, sparse_layers
@@ -78,6 +78,9 @@ def test_what_was_learned_before_training_stays_and_is_told_at_its_start(bench, 
     }  # fmt: skip
     assert moved > 0
     assert {(event.step, event.cause) for event in of(Hardened, events)} == {(0, "start")}
+    assert next(event.text for event in of(Message, events)) == (
+        f"8 permutations learned on the calibration data: {moved} entries moved from the assignment"
+    )
     assert all(not event.penalties and event.hardened == event.layers == 8 for event in of(Step, events))
 
 
