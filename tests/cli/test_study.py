@@ -38,6 +38,18 @@ def recipe(gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path) -> 
     return path
 
 
+def test_what_is_never_trained_can_be_left_out(padst: Padst, recipe: Path, tmp_path: Path) -> None:
+    study = {**yaml.safe_load(recipe.read_text(encoding="utf-8")), "one_shot": ["start", "wanda"]}
+    recipe.write_text(yaml.safe_dump(study), encoding="utf-8")
+    whole, named, none = (
+        padst.json("study", recipe, "--dry-run", *flags)
+        for flags in ((), ("--one-shot", "wanda"), ("--one-shot", "none"))
+    )
+    # Besides RigL and learned, of two seeds each: every method at 0.5, on the unstructured control alone without N:M.
+    assert (whole["count"], named["count"], none["count"]) == (8, 6, 4)
+    assert not any("wanda" in name for name in none["cells"])
+
+
 @pytest.mark.slow
 def test_a_real_study_from_one_command(padst: Padst, recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
