@@ -140,7 +140,7 @@ class _Trainer:
         self.average = Average(self.weights, self.recipe.training)
         if state is None:
             self._tell_learned()
-        if state is not None:
+        else:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.average.load_state_dict(state["average"])

@@ -97,7 +97,7 @@ def test_hardened_once_and_equal_in_every_layer(structure):
         assert all(torch.equal(finished[name].perm_in, finished[group[0]].perm_in) for name in group)
 
 
-@pytest.mark.parametrize("learner", ["soft", "projected", "straight-through"])
+@pytest.mark.parametrize("learner", ["refined", "soft", "projected", "straight-through"])
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_resumed_run_ends_the_same(tmp_path, stop_after, learner):
     chosen = recipe(**{"training.save_every": 1, "permutation.learner": learner, "permutation.margin": 0.0})

@@ -33,6 +33,7 @@ PROJECTED = {"permutation.learner": "projected"}
     "changes",
     [
         {},
+        {"permutation.learner": "refined"},
         {"support.method": "dynadiag"},
         {"structure": "nm", "support.method": "set"},
         PROJECTED,
