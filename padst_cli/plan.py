@@ -27,7 +27,7 @@ class LayerPlan:
 
     `untied`: the dense layer shares its weight with an embedding; the sparse one has its own, the embedding stays.
     `shared` names the layers, this one among them, that have one input permutation together; empty where it has its
-    own.
+    own. `trained` are those of `sides` whose permutation may change in training.
     """
 
     name: str
@@ -35,6 +35,7 @@ class LayerPlan:
     in_features: int
     structure: Structure
     sides: tuple[str, ...]
+    trained: tuple[str, ...]
     bias: bool
     transposed: bool
     untied: bool = False
@@ -51,8 +52,6 @@ class LayerPlan:
         notes = [self.structure.note]
         if self.untied:
             notes.append("untied from the embedding, which stays dense")
-        if self.shared and self.sides == ("input",) and self.out_features < self.in_features:
-            notes.append("permuted on its inputs, the larger side, to share the permutation")
         return "; ".join(note for note in notes if note) or None
 
     def packed_bytes(self, value_dtype: torch.dtype) -> int:
@@ -119,7 +118,7 @@ class Plan:
         if soft:
             for layer in self.layers:
                 lengths = {"input": layer.in_features if layer.leads else 0, "output": layer.out_features}
-                for length in (lengths[side] for side in layer.sides):
+                for length in (lengths[side] for side in layer.trained):
                     size = min(length, group or length)
                     total += 4 * torch.float32.itemsize * size * size * -(-length // max(size, 1))
         return total
@@ -157,12 +156,17 @@ def make_plan(model: nn.Module, recipe: Recipe, densities: Mapping[str, float] |
 
 
 def _layer_plan(target: Target, structure: Structure, shared: tuple[str, ...], recipe: Recipe) -> LayerPlan:
+    smaller = "input" if shared or structure.out_features >= structure.in_features else "output"
+    sides = _sides(structure, recipe, smaller)
+    # A matrix takes the square of its side.
+    one = recipe.permutation.is_soft and recipe.permutation.side == "auto" and len(sides) == 2
     return LayerPlan(
         name=target.name,
         out_features=target.out_features,
         in_features=target.in_features,
         structure=structure,
-        sides=_sides(structure, recipe, shared=bool(shared)),
+        sides=sides,
+        trained=(smaller,) if one else sides,
         bias=target.bias,
         transposed=target.transposed,
         untied=target.tied,
@@ -181,24 +185,20 @@ def fit(out_features: int, in_features: int, density: float, recipe: Recipe) -> 
     return structure_class(recipe.structure).for_density(out_features, in_features, density, options)
 
 
-def _sides(structure: Structure, recipe: Recipe, *, shared: bool) -> tuple[str, ...]:
+def _sides(structure: Structure, recipe: Recipe, smaller: str) -> tuple[str, ...]:
     # A permutation maps the family of all masks to itself: it changes nothing for the unstructured control.
     if recipe.permutation.kind == "none" or recipe.structure == "unstructured":
         return ()
-    if recipe.permutation.side == "both" and structure.permute_inputs_only:
-        return ("input",)
-    if recipe.permutation.side == "both":
-        return ("input", "output")
     if recipe.permutation.side in ("input", "output"):
         return (recipe.permutation.side,)
-    if shared or structure.permute_inputs_only or structure.out_features >= structure.in_features:
+    if structure.permute_inputs_only:
         return ("input",)
-    return ("output",)
+    return (smaller,) if recipe.permutation.side == "smaller" else ("input", "output")
 
 
 def _partners(model: nn.Module, fitted: list[tuple[Target, Structure]], recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The layers that have their input permutation together with others, by name, with all who have it."""
-    if not recipe.permutation.share or not _sides(fitted[0][1], recipe, shared=True):
+    if not recipe.permutation.share or not _sides(fitted[0][1], recipe, "input"):
         return {}
     structures = {target.name: structure for target, structure in fitted}
     found: dict[str, tuple[str, ...]] = {}

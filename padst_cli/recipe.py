@@ -16,7 +16,7 @@ from padst_cli.document import Document, Strict, dotted, read_mapping
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
 Learner = Literal["refined", "soft", "projected", "straight-through"]
-Side = Literal["auto", "input", "output", "both"]
+Side = Literal["auto", "both", "smaller", "input", "output"]
 DstMethod = Literal["rigl", "set", "mest", "dynadiag", "static"]
 StartMethod = Literal["saliency", "magnitude", "wanda", "sparsegpt"]
 
@@ -60,6 +60,10 @@ class PermutationRecipe(Strict):
     saliency than the one before by `margin`, a share of it. "straight-through" trains a matrix as "soft" does, in
     groups of at most `group` neighbours, but computes with the permutation nearest to it, renewed every `resolve_every`
     steps; of the schedule it takes `mixing`, `learning_rate` and `deadline`.
+
+    `side` "auto" permutes the inputs and the outputs of diagonals and blocks, and the inputs of N:M, whose rows are N:M
+    in any order. Matrices are then trained on the smaller side alone (on the inputs where they are shared); "both"
+    trains two. "smaller" permutes no more than that side.
 
     `share` gives the layers that read the same input (query, key and value; gate and up) one input permutation.
 

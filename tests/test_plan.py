@@ -39,13 +39,14 @@ def test_parameters_of_an_untied_model(family, sizes):
     assert plan.run_bytes(soft=False, distill=False) > plain.run_bytes(soft=False, distill=False)
 
 
-def test_layers_that_share_take_the_input_side():
-    own, together = plan_of("llama"), plan_of("llama", SHARED)
-    # Grouped queries: 16 outputs of 32 inputs would be permuted on the outputs.
-    assert by_ending(own, "k_proj").sides == ("output",)
+def test_layers_that_share_have_one_input_permutation():
+    soft = {"permutation.learner": "soft"}
+    own, together = plan_of("llama", soft), plan_of("llama", {**SHARED, **soft})
+    # Grouped queries: 16 outputs of 32 inputs, of which the outputs are cheaper to train.
+    assert by_ending(own, "k_proj").trained == ("output",)
     key = by_ending(together, "k_proj")
-    assert key.sides == ("input",)
-    assert "larger side" in key.note
+    assert key.trained == ("input",)
+    assert key.sides == by_ending(own, "k_proj").sides == ("input", "output")
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     assert key.shared == by_ending(together, "q_proj").shared == tuple(names)
     assert [layer.name for layer in together.layers if layer.shared and layer.leads][:1] == names[:1]
@@ -99,7 +100,29 @@ def test_output_side_cannot_be_shared():
 
 
 def test_both_sides_are_permuted_where_both_can_gain() -> None:
-    both = {"permutation.side": "both", "sparsity": 0.5}
     for structure, sides in {"diag": ("input", "output"), "block": ("input", "output"), "nm": ("input",)}.items():
-        layers = plan_of("llama", {**both, "structure": structure}).layers
-        assert {layer.sides for layer in layers} == {sides}, "rows of N:M are N:M in any order"
+        for side in ("auto", "both"):
+            layers = plan_of("llama", {"permutation.side": side, "sparsity": 0.5, "structure": structure}).layers
+            assert {layer.sides for layer in layers} == {sides}, "rows of N:M are N:M in any order"
+
+
+def test_one_side_is_the_smaller_one() -> None:
+    layers = plan_of("llama", {"permutation.side": "smaller"}).layers
+    assert {layer.name.rpartition(".")[2]: layer.sides for layer in layers} == {
+        **dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj"), ("input",)),
+        **dict.fromkeys(("k_proj", "v_proj", "down_proj"), ("output",)),
+    }
+    assert by_ending(plan_of("llama", {**SHARED, "permutation.side": "smaller"}), "k_proj").sides == ("input",)
+    assert {layer.sides for layer in plan_of("llama", {"permutation.side": "smaller", "structure": "nm"}).layers} == {
+        ("input",)
+    }
+
+
+@pytest.mark.parametrize("learner", ["soft", "straight-through"])
+def test_matrices_are_trained_on_the_smaller_side_unless_both_are_asked_for(learner: str) -> None:
+    auto, both = (plan_of("llama", {"permutation.learner": learner, "permutation.side": s}) for s in ("auto", "both"))
+    for layer in auto.layers:
+        assert layer.trained == ("input" if layer.out_features >= layer.in_features else "output",)
+    assert all(layer.trained == layer.sides == ("input", "output") for layer in both.layers)
+    assert auto.run_bytes(True, False) < both.run_bytes(True, False)
+    assert all(layer.trained == layer.sides for layer in plan_of("llama", {"permutation.learner": "refined"}).layers)

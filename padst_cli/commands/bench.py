@@ -40,6 +40,10 @@ def bench(
     permutation: Annotated[
         str, typer.Option("--permutation", help="With --random-weights: random or none.")
     ] = "random",
+    side: Annotated[
+        str,
+        typer.Option("--side", help="With --random-weights: what is permuted: auto, both, smaller, input or output."),
+    ] = "auto",
     targets: Annotated[
         list[str] | None, typer.Option("--targets", help="With --random-weights: only these layers; may be repeated.")
     ] = None,
@@ -82,6 +86,7 @@ def bench(
             "block_size": block_size,
             "band": band,
             "permutation.kind": permutation,
+            "permutation.side": side,
             "targets": tuple(targets or ()),
             "ignore": tuple(ignore or ()),
             "seed": common.seed,

@@ -53,7 +53,12 @@ FLAGS = (
         "How a learned permutation is learned: refined (before training), soft (as in the paper), projected or "
         "straight-through.",
     ),
-    Flag("--side", "permutation.side", str, "auto, input, output or both."),
+    Flag(
+        "--side",
+        "permutation.side",
+        str,
+        "auto (both for diag and block, inputs for nm), both, smaller, input or output.",
+    ),
     Flag(
         "--share-permutations/--no-share-permutations",
         "permutation.share",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,10 +74,23 @@ def _render(console: Console, result: SparsifyResult) -> None:
         ("sparsity requested / achieved", f"{result.sparsity_requested:.4f} / {result.sparsity_achieved:.4f}"),
         ("layers sparsified", str(result.layers)),
         ("steps, seconds", f"{result.steps}, {result.seconds:.0f}"),
-        ("permutations", ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in result.permutations.items())),
+        ("permutations", _permutations(result.permutations)),
         ("written to", result.output),
     ]
     console.table(f"{result.structure} on {result.task}", ("", ""), rows)
+
+
+def _permutations(counts: Mapping[str, int]) -> str:
+    """How many were learned when, and how many entries moved; what did not happen is not mentioned."""
+    before = counts["learned_before_training"]
+    parts = [
+        (before, "learned before training"),
+        (counts["hardened_by_penalty"], "hardened by penalty"),
+        (counts["hardened_at_deadline"] - before, "hardened at the deadline"),
+        (counts["moved_from_start"], "entries moved from the assignment"),
+        (counts["moved_in_training"], "of them in training"),
+    ]
+    return ", ".join(f"{value:,} {words}" for value, words in parts if value) or "none learned"
 
 
 def _figure(value: float | None) -> str:

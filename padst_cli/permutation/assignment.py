@@ -21,10 +21,9 @@ from torch import Tensor
 
 from padst_cli.permutation.apply import identity, invert, to_structure
 
-EXACT_LIMIT = 4096
-"""Longest side that is assigned as a whole; the time of the exact solution grows with its cube."""
-GROUP_SIZE = 2048
-"""Above `EXACT_LIMIT`, slots are shuffled in each round and assigned within groups of this many."""
+ASSIGNMENT_LIMIT = 512
+"""Most slots of one assignment, whose time grows with their cube: a longer side is drawn into equal parts in each
+round and assigned within them. What is kept differs by no more than between two beginnings, a hundredth or two."""
 EXCHANGE_LIMIT = 512
 """Most N:M groups that exchange columns with each other in one move; its time grows with their square."""
 EXCHANGE_ROWS = 2048
@@ -140,7 +139,8 @@ def search(score: Tensor, structure: Supporting, sides: Sequence[str], rounds: i
     """Find permutations of `sides` ("input", "output") and the support that keep the most of `score` `[out, in]`.
 
     Starts from the identity and returns the best order met, so `kept` is never below the identity's. `score` is
-    nonnegative and in coordinates of W. Deterministic for a seed, which only matters above `EXACT_LIMIT` and for N:M.
+    nonnegative and in coordinates of W. Deterministic for a seed, which only matters above `ASSIGNMENT_LIMIT`
+    and for N:M.
     """
     score = score.detach().float()
     best_in = identity(score.shape[1], score.device) if "input" in sides else None
@@ -175,33 +175,31 @@ def _reorder(
         if isinstance(structure, PicksFromGroups):
             perm_in = exchange_between_groups(rows, perm_in, structure.n, structure.m, generator)
         else:
-            perm_in = _assign(mask.float().T @ rows, perm_in, generator)
+            perm_in = _assign(mask.float().T, rows.T, perm_in, generator)
         if perm_out is not None:
             mask = structure.project(to_structure(score, perm_in, perm_out))
     if perm_out is not None:
         columns = to_structure(score, perm_in, None)
-        slots = _assign(mask.float() @ columns.T, invert(perm_out), generator)
+        slots = _assign(mask.float(), columns, invert(perm_out), generator)
         perm_out = invert(slots)
     return perm_in, perm_out
 
 
-def _assign(gain: Tensor, current: Tensor, generator: torch.Generator) -> Tensor:
-    """The assignment of items to slots, int32 `[d]`, with the largest summed `gain` `[slot, item]`.
+def _assign(slots: Tensor, items: Tensor, current: Tensor, generator: torch.Generator) -> Tensor:
+    """The assignment of items to slots, int32 `[d]`, with the largest sum of `slots[s] @ items[result[s]]`, both
+    `[d, k]`.
 
     Among equals (the slots of one block are alike) an item stays where `current` has it: moves then mean something.
     """
-    size = gain.shape[0]
-    table = gain.double().cpu().numpy()
-    slots = torch.arange(size)
-    where = current.long().cpu()
-    table[slots.numpy(), where.numpy()] += _STAY * float(abs(table).max() if size else 0.0)
-    groups = [slots] if size <= EXACT_LIMIT else torch.randperm(size, generator=generator).split(GROUP_SIZE)
-    result = where.clone()
-    for group in groups:
-        items = where[group]
-        _, chosen = linear_sum_assignment(table[group.numpy()[:, None], items.numpy()[None, :]], maximize=True)
-        result[group] = items[torch.from_numpy(chosen)]
-    return result.to(torch.int32).to(current.device)
+    result = current.to(torch.int64, copy=True)
+    for part in _parts(len(current), ASSIGNMENT_LIMIT, generator):
+        group = part.to(current.device)
+        seated = result[group]
+        table = (slots[group] @ items[seated].T).double().cpu().numpy()
+        table[range(len(part)), range(len(part))] += _STAY * float(abs(table).max(initial=0.0))
+        _, chosen = linear_sum_assignment(table, maximize=True)
+        result[group] = seated[torch.from_numpy(chosen).to(current.device)]
+    return result.to(torch.int32)
 
 
 def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, generator: torch.Generator) -> Tensor:
@@ -225,7 +223,7 @@ def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, gene
         slots = torch.tensor([group * m + int(seats[group][move]) for group in taking])
         ordered = score.index_select(1, perm)
         lifted, theta = ordered[:, slots], _thresholds(ordered, slots, n, m)[:, torch.tensor(taking)]
-        for part in _parts(len(taking), generator):
+        for part in _parts(len(taking), EXCHANGE_LIMIT, generator):
             gain = _seat_gains(lifted[:, part], theta[:, part])
             table = gain.cpu().numpy()
             table[range(len(part)), range(len(part))] += _STAY * float(abs(table).max())
@@ -234,11 +232,11 @@ def exchange_between_groups(score: Tensor, perm_in: Tensor, n: int, m: int, gene
     return perm.to(torch.int32)
 
 
-def _parts(count: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """`range(count)` whole, or shuffled into as few parts of about equal size as `EXCHANGE_LIMIT` allows."""
-    if count <= EXCHANGE_LIMIT:
+def _parts(count: int, limit: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """`range(count)` whole, or shuffled into as few parts of about equal size as have at most `limit` each."""
+    if count <= limit:
         return [torch.arange(count)]
-    return torch.randperm(count, generator=generator).chunk(math.ceil(count / EXCHANGE_LIMIT))
+    return torch.randperm(count, generator=generator).chunk(math.ceil(count / limit))
 
 
 def _thresholds(ordered: Tensor, slots: Tensor, n: int, m: int) -> Tensor:

@@ -185,8 +185,10 @@ def _permutations(data: ReportData, curves: History) -> list[tuple[str, str]]:
         return []
     counts = data.result["permutations"]
     rows = [("layers with a permutation", str(sum(bool(row.sides) for row in data.layers)))]
-    never_soft = all(done.cause == "start" for done in curves.hardenings)
-    shown = {key: value for key, value in counts.items() if not (never_soft and key.startswith("hardened"))}
+    before = counts.get("learned_before_training", 0)
+    shown = {**counts, "hardened_at_deadline": counts["hardened_at_deadline"] - before}
+    if before == counts["learned"]:
+        shown = {key: value for key, value in shown.items() if not key.startswith("hardened")}
     rows += [(key.replace("_", " "), f"{value:,}") for key, value in shown.items()]
     if curves.hardenings:
         entries = sum(_length(data, done) for done in curves.hardenings)

@@ -57,10 +57,11 @@ def record_of(label: str, perm: Permutation, done: int, penalty: float, cause: C
 
 
 def learned_before(layers: Mapping[str, SparseLinear], recipe: Recipe) -> list[HardenedRecord]:
-    """The permutations that the learner `refined` hands over to training as what they stay."""
-    if not recipe.permutation.is_refined:
+    """The learned permutations that are indices when training begins and stay what they are."""
+    if recipe.permutation.kind != "learned" or recipe.permutation.is_projected:
         return []
-    return [record_of(label, perm, 0, 0.0, "start") for label, perm in labelled(layers).items()]
+    found = labelled(layers).items()
+    return [record_of(label, perm, 0, 0.0, "start") for label, perm in found if not perm.is_soft]
 
 
 class Hardener:

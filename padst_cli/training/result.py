@@ -26,8 +26,8 @@ class TrainResult:
 
     `loss` is that of the last step; `support_moved` counts newly grown entries over all updates; `permutations` has the
     keys learned, hardened_by_penalty, hardened_at_deadline (all others: that of a schedule, or the start of training
-    where nothing is learned later), moved_from_start (entries of all of them that left the assignment) and
-    moved_in_training (those that left where training began).
+    where nothing is learned later), learned_before_training (those of the latter), moved_from_start (entries of all of
+    them that left the assignment) and moved_in_training (those that left where training began).
     A permutation that several layers share counts once, and so do its entries.
     """
 
@@ -51,6 +51,7 @@ def result_of(progress: Progress) -> TrainResult:
             "learned": len(causes),
             "hardened_by_penalty": causes.count("penalty"),
             "hardened_at_deadline": len(causes) - causes.count("penalty"),
+            "learned_before_training": causes.count("start"),
             "moved_from_start": sum(record.moved for record in progress.hardened),
             "moved_in_training": sum(record.moved_in_training for record in progress.hardened),
         },

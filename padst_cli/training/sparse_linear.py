@@ -330,10 +330,11 @@ def sparsify_modules(
 ) -> None:
     """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
 
-    With permutations of kind "learned" the planned sides begin at the start's permutation (where it has none, learners
-    other than `refined` begin at the identity), soft around it where the learner wants that; otherwise the start's
-    permutations are taken as they are. Layers that share their input permutation hold the same module. DynaDiag and the
-    learner `projected` need `teacher`, whose dense weights are the latent values outside the support.
+    With permutations of kind "learned" the planned sides begin at the start's permutation (where it has none, those
+    that training may change begin at the identity), soft around it on the sides where the learner trains a matrix;
+    otherwise the start's permutations are taken as they are. Layers that share their input permutation hold the same
+    module. DynaDiag and the learner `projected` need `teacher`, whose dense weights are the latent values outside the
+    support.
     """
     shared: dict[str, Permutation] = {}
     for planned in plan.layers:
@@ -376,13 +377,13 @@ def _permutation(
     """One side's permutation as training begins with it: to be learned, learned already, or as the start has it."""
     choice = recipe.permutation
     learned = choice.kind == "learned" and side in planned.sides
-    if learned and index is None and not choice.is_refined:
+    if learned and index is None and not choice.is_refined and side in planned.trained:
         index = identity(planned.in_features if side == "input" else planned.out_features)
     if index is None:
         return None
     if not learned:
         return Permutation(index, mixing=None)
-    mixing = choice.mixing if choice.is_soft else None
+    mixing = choice.mixing if choice.is_soft and side in planned.trained else None
     made = Permutation(index, mixing=mixing, dtype=dtype, group=choice.lookup_group, assigned=assigned)
     return made.requires_grad_(not choice.frozen)
 

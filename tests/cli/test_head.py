@@ -28,7 +28,7 @@ def test_plan_counts_the_untied_embedding(padst: Padst, gpt2: Path) -> None:
     arguments = ("plan", gpt2, "--structure", "diag", "--sparsity", 0.75)
     without, with_head = padst.json(*arguments), padst.json(*arguments, *HEAD)
     head = with_head["layers"][-1]
-    assert (head["name"], head["untied"], head["sides"]) == ("lm_head", True, ["input"])
+    assert (head["name"], head["untied"], head["sides"]) == ("lm_head", True, ["input", "output"])
     assert "untied" in head["note"]
     assert with_head["dense_bytes"] == without["dense_bytes"]
     # The embedding was there before; the head comes on top of it.

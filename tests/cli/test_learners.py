@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from padst_cli import pipeline
+from padst_cli.commands.sparsify import _permutations
 from padst_cli.recipe import Recipe, load_recipe
 from tests.cli.conftest import Padst
 
@@ -54,8 +55,20 @@ def test_end_to_end(
     pipeline.sparsify(model, recipe, folder)
     assert load_recipe(str(folder / "recipe.yaml")) == recipe
     counts = json.loads((folder / "results.json").read_text())["permutations"]
-    assert counts["learned"] == counts["hardened_at_deadline"] == (8 if share else 14)
+    assert counts["learned"] == counts["hardened_at_deadline"] == (22 if share else 28)
     assert counts["moved_from_start"] > 0
     assert f"{counts['moved_from_start']:,} entries moved" in (folder / "README.md").read_text()
     assert "No permutation was soft during this run" in (folder / "report.html").read_text()
     assert padst.json("export", folder, "--output", out)["max_abs_logit_error"] <= 1e-4
+
+
+def test_the_closing_table_says_what_was_learned_when() -> None:
+    counts = {
+        "learned": 18, "hardened_by_penalty": 3, "hardened_at_deadline": 15, "learned_before_training": 10,
+        "moved_from_start": 1200, "moved_in_training": 0,
+    }  # fmt: skip
+    assert _permutations(counts) == (
+        "10 learned before training, 3 hardened by penalty, 5 hardened at the deadline, "
+        "1,200 entries moved from the assignment"
+    )
+    assert _permutations(dict.fromkeys(counts, 0)) == "none learned"

@@ -40,11 +40,12 @@ def test_plan_says_who_shares(padst: Padst, llamas: dict[str, Path]) -> None:
     plan = padst.json("plan", llamas["tied"], "--share-permutations")
     found = {layer["name"].rpartition(".")[2]: layer for layer in plan["layers"]}
     assert [name.rpartition(".")[2] for name in found["k_proj"]["shared_with"]] == ["q_proj", "v_proj"]
-    assert found["k_proj"]["sides"] == ["input"]
-    assert "larger side" in found["k_proj"]["note"]
+    assert found["k_proj"]["sides"] == ["input", "output"]
     assert found["o_proj"]["shared_with"] == []
     shown = " ".join(padst("plan", llamas["tied"], "--share-permutations").output.split())
-    assert "input (shared)" in shown
+    assert "input and output (shared)" in shown
+    one = padst.json("plan", llamas["tied"], "--share-permutations", "--side", "smaller")
+    assert {tuple(layer["sides"]) for layer in one["layers"] if layer["shared_with"]} == {("input",)}
     assert not any(layer["shared_with"] for layer in padst.json("plan", llamas["tied"])["layers"])
 
 
@@ -67,7 +68,7 @@ def test_shared_permutations_come_through_export(
             assert all(torch.equal(perm, perms[0]) for perm in perms)
     assert load_recipe(str(folder / "recipe.yaml")).permutation.share
     counts = json.loads((folder / "results.json").read_text())["permutations"]
-    assert (counts["sharing_layers"], counts["learned"]) == (10, 9)
+    assert (counts["sharing_layers"], counts["learned"]) == (10, 9 if structure == "nm" else 9 + 15)
     assert "10 layers share their input permutation" in (folder / "README.md").read_text()
     assert "as model.layers.0.self_attn.q_proj" in (folder / "report.html").read_text()
 

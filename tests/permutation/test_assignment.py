@@ -81,12 +81,13 @@ def test_input_step_is_the_exact_optimum_for_its_support() -> None:
     generator = torch.Generator().manual_seed(4)
     score, mask = torch.rand(4, 5, generator=generator), torch.rand(4, 5, generator=generator) > 0.6
     best = max(float((score[:, list(order)] * mask).sum()) for order in itertools.permutations(range(5)))
-    found = assignment._assign(mask.float().T @ score, torch.arange(5, dtype=torch.int32), generator)
+    found = assignment._assign(mask.float().T, score.T, torch.arange(5, dtype=torch.int32), generator)
     assert float((score[:, found.long()] * mask).sum()) == pytest.approx(best)
 
 
 def test_what_gains_nothing_stays_where_it_is() -> None:
-    found = assignment._assign(torch.ones(6, 6), torch.tensor([3, 1, 0, 2, 5, 4], dtype=torch.int32), torch.Generator())
+    slots, current = torch.ones(6, 2), torch.tensor([3, 1, 0, 2, 5, 4], dtype=torch.int32)
+    found = assignment._assign(slots, slots, current, torch.Generator())
     assert found.tolist() == [3, 1, 0, 2, 5, 4]
 
 
@@ -123,7 +124,7 @@ def test_many_groups_exchange_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     structure = structure_class("nm").from_parameters(16, 62, {"n": 1, "m": 4})
     score = torch.randn(16, 62, generator=torch.Generator().manual_seed(9)).square() ** 2
     monkeypatch.setattr(assignment, "EXCHANGE_LIMIT", 6)
-    sizes = [len(part) for part in assignment._parts(16, torch.Generator())]
+    sizes = [len(part) for part in assignment._parts(16, 6, torch.Generator())]
     assert max(sizes) <= 6
     assert sum(sizes) == 16
     parts, again = (search(score, structure, ("input",), rounds=6, seed=3) for _ in range(2))
@@ -136,8 +137,7 @@ def test_long_sides_are_assigned_within_groups(monkeypatch: pytest.MonkeyPatch) 
     structure = fitted("block", 32, 96, 0.3)
     score = torch.randn(32, 96, generator=torch.Generator().manual_seed(6)).square() ** 2
     whole = search(score, structure, ("input",), rounds=10)
-    monkeypatch.setattr(assignment, "EXACT_LIMIT", 64)
-    monkeypatch.setattr(assignment, "GROUP_SIZE", 40)
+    monkeypatch.setattr(assignment, "ASSIGNMENT_LIMIT", 40)
     parts = search(score, structure, ("input",), rounds=10, seed=1)
     again = search(score, structure, ("input",), rounds=10, seed=1)
     plain = kept_share(score, structure.project(score))

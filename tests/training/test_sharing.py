@@ -25,6 +25,7 @@ def recipe(**changes):
     base = {
         "sparsity": 0.75,
         "permutation.share": True,
+        "permutation.side": "input",
         "permutation.learner": "soft",
         "permutation.deadline": 0.75,
         "permutation.earliest": 0.0,

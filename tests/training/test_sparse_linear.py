@@ -154,8 +154,14 @@ def test_sparsify_modules_swaps_what_is_planned_and_nothing_else(bench):
     layers = sparse_layers(student)
     assert len(layers) == 8
     assert student.lm_head.weight is student.transformer.wte.weight
-    assert {side for layer in layers.values() for side, _ in layer.permutations()} == {"input", "output"}
-    assert all(perm.is_soft for layer in layers.values() for _, perm in layer.permutations())
+    for layer in layers.values():
+        assert [side for side, _ in layer.permutations()] == ["input", "output"]
+        smaller = "input" if layer.out_features >= layer.in_features else "output"
+        assert [side for side, perm in layer.permutations() if perm.is_soft] == [smaller]
+    assert {side for layer in layers.values() for side, perm in layer.permutations() if perm.is_soft} == {
+        "input",
+        "output",
+    }
     hard = bench.student(bench.recipe(**{"permutation.kind": "assignment"}))[1]
     assert not any(perm.is_soft for layer in sparse_layers(hard).values() for _, perm in layer.permutations())
     bare = bench.student(bench.recipe(**{"permutation.kind": "none"}))[1]
@@ -166,6 +172,7 @@ def test_both_sides_of_a_layer_are_learned_where_the_plan_says_so(bench):
     recipe = bench.recipe(**{"permutation.side": "both"})
     student, result = bench.train(recipe)
     assert result.permutations["learned"] == 16
+    assert result.permutations["learned_before_training"] == 0
     for layer in sparse_layers(student).values():
         assert [side for side, _ in layer.permutations()] == ["input", "output"]
 

@@ -83,7 +83,7 @@ def test_the_state_is_readable_without_running_code(bench, tmp_path):
     bench.train(bench.recipe(), store=store)
     state = torch.load(store.path, weights_only=True)
     assert state["step"] == 12
-    assert len(state["progress"]["hardened"]) == 8
+    assert len(state["progress"]["hardened"]) == 16
 
 
 def test_a_kill_while_writing_leaves_the_last_state(tmp_path, monkeypatch):

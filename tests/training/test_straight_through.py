@@ -112,11 +112,14 @@ def test_a_run_moves_entries_and_hardens_at_the_deadline(bench, events, structur
         "permutation.learning_rate": 0.5, "training.steps": 24,
     }  # fmt: skip
     student, result = bench.train(bench.recipe(**changes), on_event=events.append)
-    permuted = 0 if structure == "unstructured" else 8
+    permuted, before = {"unstructured": (0, 0), "nm": (8, 0)}.get(structure, (16, 8))
     assert result.permutations["learned"] == result.permutations["hardened_at_deadline"] == permuted
+    assert result.permutations["learned_before_training"] == before
     assert (result.permutations["moved_from_start"] > 0) == (permuted > 0)
     hardened = [event for event in events if isinstance(event, Hardened)]
-    assert [(event.step, event.penalty) for event in hardened] == [(12, 0.0)] * permuted
+    assert [(event.step, event.penalty) for event in hardened] == [(0, 0.0)] * before + [(12, 0.0)] * (
+        permuted - before
+    )
     assert all("penalty" not in event.terms for event in events if isinstance(event, Step))
     for layer in sparse_layers(student).values():
         for _, perm in layer.permutations():

@@ -30,10 +30,11 @@ def test_the_loss_falls_and_every_permutation_ends_hard(bench, events):
     assert steps[-1].loss < 0.8 * steps[0].loss
     assert result.loss == steps[-1].loss
     assert (result.steps, result.items_seen) == (40, 160)
-    assert result.permutations["learned"] == 8 == len(of(Hardened, events))
-    assert result.permutations["hardened_by_penalty"] + result.permutations["hardened_at_deadline"] == 8
-    assert steps[0].layers == 8
-    assert steps[-1].hardened == 8
+    assert result.permutations["learned"] == 16 == len(of(Hardened, events))
+    assert result.permutations["hardened_by_penalty"] + result.permutations["hardened_at_deadline"] == 16
+    assert result.permutations["learned_before_training"] == 8, "those of the larger sides"
+    assert (steps[0].hardened, steps[0].layers) == (8, 16)
+    assert steps[-1].hardened == 16
     assert steps[-1].penalties == {}
     assert not student.training
     assert all(state.perm_in is not None or state.perm_out is not None for state in finished_layers(student).values())
@@ -42,22 +43,25 @@ def test_the_loss_falls_and_every_permutation_ends_hard(bench, events):
 def test_what_cannot_harden_by_penalty_hardens_at_the_deadline(bench, events):
     changes = {"permutation.penalty_weight": 0.0, "permutation.mixing": 0.6, "permutation.learning_rate": 1e-6}
     _, result = bench.train(bench.recipe(**changes), on_event=events.append)
-    assert result.permutations["hardened_at_deadline"] == 8
-    assert {event.step for event in of(Hardened, events)} == {6}
-    assert all(event.penalty > 0.22 for event in of(Hardened, events))
+    late = [event for event in of(Hardened, events) if event.cause == "deadline"]
+    assert (
+        result.permutations["hardened_at_deadline"] - result.permutations["learned_before_training"] == 8 == len(late)
+    )
+    assert {event.step for event in late} == {6}
+    assert all(event.penalty > 0.22 for event in late)
 
 
 def test_frozen_permutations_keep_the_schedule_and_never_move(bench, events):
     student, result = bench.train(bench.recipe(**{"permutation.frozen": True}), on_event=events.append)
     assert result.permutations == {
-        "learned": 8, "hardened_by_penalty": 0, "hardened_at_deadline": 8, "moved_from_start": 0,
-        "moved_in_training": 0,
+        "learned": 16, "hardened_by_penalty": 0, "hardened_at_deadline": 16, "learned_before_training": 8,
+        "moved_from_start": 0, "moved_in_training": 0,
     }  # fmt: skip
     soft = [event for event in of(Step, events) if event.penalties]
     assert {event.step for event in soft} == {1, 2, 3, 4, 5}
     assert all(event.penalties == soft[0].penalties for event in soft), "the matrices are what they were"
     moving, moved = bench.train(bench.recipe())
-    assert moved.permutations["learned"] == 8
+    assert moved.permutations["learned"] == 16
     fixed, other = (next(iter(sparse_layers(model).values())) for model in (student, moving))
     assert not torch.equal(fixed.weight, other.weight), "where they do learn, the weights train around other matrices"
 
@@ -73,21 +77,21 @@ def test_what_was_learned_before_training_stays_and_is_told_at_its_start(bench, 
     _, result = bench.train(recipe, student=student, on_event=events.append)
     assert all(torch.equal(perm.index, index) for perm, index in zip(perms, before, strict=True))
     assert result.permutations == {
-        "learned": 8, "hardened_by_penalty": 0, "hardened_at_deadline": 8, "moved_from_start": moved,
-        "moved_in_training": 0,
+        "learned": 16, "hardened_by_penalty": 0, "hardened_at_deadline": 16, "learned_before_training": 16,
+        "moved_from_start": moved, "moved_in_training": 0,
     }  # fmt: skip
     assert moved > 0
     assert {(event.step, event.cause) for event in of(Hardened, events)} == {(0, "start")}
     assert next(event.text for event in of(Message, events)) == (
-        f"8 permutations learned on the calibration data: {moved} entries moved from the assignment"
+        f"16 permutations learned on the calibration data: {moved:,} entries moved from the assignment"
     )
-    assert all(not event.penalties and event.hardened == event.layers == 8 for event in of(Step, events))
+    assert all(not event.penalties and event.hardened == event.layers == 16 for event in of(Step, events))
 
 
 def test_frozen_lookups_never_move(bench):
     changes = {"permutation.frozen": True, "permutation.learner": "straight-through"}
     _, result = bench.train(bench.recipe(**changes))
-    assert result.permutations["learned"] == 8
+    assert result.permutations["learned"] - result.permutations["learned_before_training"] == 8
     assert result.permutations["moved_from_start"] == 0
 
 
@@ -95,7 +99,7 @@ def test_nothing_hardens_before_its_time_and_lambda_ramps_from_there(bench, even
     changes = {"permutation.mixing": 0.1, "permutation.earliest": 0.25}
     recipe = bench.recipe(**changes)
     bench.train(recipe, on_event=events.append)
-    assert {(event.step, event.cause) for event in of(Hardened, events)} == {(3, "penalty")}
+    assert {(event.step, event.cause) for event in of(Hardened, events)} == {(0, "start"), (3, "penalty")}
     hardener = Hardener(sparse_layers(bench.student(recipe)[1]), recipe)
     weights = [hardener.penalty_weight(done) / recipe.permutation.penalty_weight for done in range(9)]
     assert weights == pytest.approx([0, 0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1])
@@ -145,8 +149,8 @@ def test_the_dense_control_runs_through_the_same_loop(bench, events):
     options = {"on_event": events.append, "control": True}
     result = train(model, objective, bench.dataset, recipe, make_accelerator("cpu"), **options)
     assert result.permutations == {
-        "learned": 0, "hardened_by_penalty": 0, "hardened_at_deadline": 0, "moved_from_start": 0,
-        "moved_in_training": 0,
+        "learned": 0, "hardened_by_penalty": 0, "hardened_at_deadline": 0, "learned_before_training": 0,
+        "moved_from_start": 0, "moved_in_training": 0,
     }  # fmt: skip
     assert all(event.control for event in of(Step, events))
     assert not of(SupportUpdated, events)
@@ -196,7 +200,7 @@ bench = Bench()
 from accelerate import PartialState
 for number, changes in enumerate(json.loads(sys.argv[3])):
     student, result = bench.train(bench.recipe(**changes), dtype=torch.float64)
-    assert result.permutations["learned"] == 8 and result.support_moved > 0
+    assert result.permutations["learned"] == 16 and result.support_moved > 0
     torch.save(student.state_dict(), f"{sys.argv[2]}/{number}-{PartialState().process_index}.pt")
 """
 LEARNERS = [
