@@ -27,7 +27,7 @@ class LayerPlan:
 
     `untied`: the dense layer shares its weight with an embedding; the sparse one has its own, the embedding stays.
     `shared` names the layers, this one among them, that have one input permutation together; empty where it has its
-    own. `trained` are those of `sides` whose permutation may change in training.
+    own. `trained` are those of `sides` on which a learner that goes on in training works.
     """
 
     name: str
@@ -158,15 +158,15 @@ def make_plan(model: nn.Module, recipe: Recipe, densities: Mapping[str, float] |
 def _layer_plan(target: Target, structure: Structure, shared: tuple[str, ...], recipe: Recipe) -> LayerPlan:
     smaller = "input" if shared or structure.out_features >= structure.in_features else "output"
     sides = _sides(structure, recipe, smaller)
-    # A matrix takes the square of its side.
-    one = recipe.permutation.is_soft and recipe.permutation.side == "auto" and len(sides) == 2
+    # A learner's matrix takes the square of its side, an index list only its length.
+    smaller_only = recipe.permutation.is_soft and recipe.permutation.side == "auto" and len(sides) == 2
     return LayerPlan(
         name=target.name,
         out_features=target.out_features,
         in_features=target.in_features,
         structure=structure,
         sides=sides,
-        trained=(smaller,) if one else sides,
+        trained=(smaller,) if smaller_only else sides,
         bias=target.bias,
         transposed=target.transposed,
         untied=target.tied,

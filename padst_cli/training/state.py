@@ -25,7 +25,7 @@ from padst_cli.document import dotted
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 # What may differ between the run that saved a state and the one that resumes it: it decides what is shown, not what is
 # learned.
 _COSMETIC = frozenset(
