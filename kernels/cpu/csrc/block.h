@@ -54,7 +54,7 @@ INLINE void block_panel_rows(struct panel panel, const float *x, long ldx, float
     for (int b = 0; b < panel.blocks; b++) {
         const float *input = x + (long)panel.columns[b] * panel.size;
         for (int c = 0; c < panel.size; c += unrolled, input += unrolled, w += unrolled * STRIP * type_bytes(type)) {
-            if (tokens == 1 && type != PADST_F32) prefetch_ahead(w, unrolled * STRIP * (long)type_bytes(type));
+            if (tokens == 1 && worth_asking(type)) prefetch_ahead(w, unrolled * STRIP * (long)type_bytes(type));
             UNROLL for (int u = 0; u < unrolled; u++) UNROLL for (int t = 0; t < tokens; t++) {
                 vec value = splat(input[t * ldx + u]);
                 UNROLL for (int v = 0; v < VECTORS; v++)
@@ -85,9 +85,10 @@ INLINE void block_rows(const struct padst_image *image, const float *x, long ldx
 /* -- many tokens: a small matrix product for each strip ------------------------------------------------------------ */
 
 /* sums[row][.] += weights[column][row] * tile[column][.] for `rows` rows of a segment and `vectors` vectors of tokens.
- * Twelve sums keep both multipliers busy; the inputs of a column serve all rows, so loads are no limit. */
+ * Twelve sums keep both multipliers busy; the inputs of a column serve all rows, so loads are no limit. Whoever comes first
+ * by a segment asks for the weights of the one behind it. */
 INLINE void block_product(const float *weights, struct panel panel, const float *tile, float *sums, long width, int fresh,
-                          int rows, int vectors) {
+                          int asks, int rows, int vectors) {
     vec sum[8][3];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
         sum[r][v] = fresh ? splat(0) : loadf(sums + r * width + v * LANES);
@@ -95,6 +96,7 @@ INLINE void block_product(const float *weights, struct panel panel, const float 
         const float *x = tile + (long)panel.columns[b] * panel.size * width;
         for (int c = 0; c < panel.size; c++, x += width, weights += STRIP) {
             vec input[3];
+            if (asks) prefetch(weights + SEGMENT * STRIP);
             UNROLL for (int v = 0; v < vectors; v++) input[v] = loadf(x + v * LANES);
             UNROLL for (int r = 0; r < rows; r++) {
                 vec weight = splat(weights[r]);
@@ -107,23 +109,24 @@ INLINE void block_product(const float *weights, struct panel panel, const float 
 }
 
 INLINE void block_strip(const float *weights, struct panel panel, const float *tile, float *sums, long width, int fresh,
-                        int rows, int vectors) {
+                        int asks, int rows, int vectors) {
     for (int row = 0; row < STRIP; row += rows)
-        block_product(weights + row, panel, tile, sums + row * width, width, fresh, rows, vectors);
+        block_product(weights + row, panel, tile, sums + row * width, width, fresh, asks && row == 0, rows, vectors);
 }
 
 /* All tokens of the tile, three vectors at a time; what is left goes by two or one, in as many sums as it takes. */
 INLINE void block_segment(const float *weights, struct panel panel, const float *tile, float *sums, long width, int fresh) {
+    const int rows = SUMS / 2; /* of three vectors: 12 sums, 24 with AVX-512 */
     for (long t = 0; t < width;) {
         long left = (width - t) / LANES;
         if (left == 3 || left > 4) {
-            block_strip(weights, panel, tile + t, sums + t, width, fresh, 4, 3);
+            block_strip(weights, panel, tile + t, sums + t, width, fresh, t == 0, rows, 3);
             t += 3 * LANES;
         } else if (left > 1) {
-            block_strip(weights, panel, tile + t, sums + t, width, fresh, 4, 2);
+            block_strip(weights, panel, tile + t, sums + t, width, fresh, t == 0, rows, 2);
             t += 2 * LANES;
         } else {
-            block_strip(weights, panel, tile + t, sums + t, width, fresh, 8, 1);
+            block_strip(weights, panel, tile + t, sums + t, width, fresh, t == 0, 8, 1);
             t += LANES;
         }
     }

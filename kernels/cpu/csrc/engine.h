@@ -219,9 +219,9 @@ static int even_width(const struct call *call, int widest, int threads) {
 }
 
 /* Where rows are dense, wide tiles make the most of a weight; where they are not, narrow ones keep more inputs near. N:M
- * is decoded once a tile, which wants wide ones. */
+ * is decoded once a tile, which wants wide ones, as vectors of 16 do, of which a narrow tile would have only two. */
 static int largest_tile(const struct padst_image *image) {
-    if (image->structure == PADST_NM) return LARGEST_TILE;
+    if (image->structure == PADST_NM || LANES == 16) return LARGEST_TILE;
     double density = image->structure == PADST_DIAG ? diag_density(image) : rows_density(image);
     return density > 0.2 ? LARGEST_TILE : LARGEST_TILE / 2;
 }

@@ -30,6 +30,12 @@ INLINE void nm_pad(const struct padst_image *image, float *x, long width) {
     memset(x + image->in_features * width, 0, NM_MARGIN * width * sizeof(float));
 }
 
+/* Bytes of a row of a panel: its words and its values. */
+INLINE long nm_row_bytes(const struct padst_image *image, int type) {
+    int slots = image->parameter[2], word = 32 / image->parameter[3];
+    return 4L * ((slots + word - 1) / word) + slots * (long)type_bytes(type);
+}
+
 /* -- few tokens ---------------------------------------------------------------------------------------------------- */
 
 #if defined(__AVX2__)
@@ -98,12 +104,6 @@ INLINE void nm_panel(const struct padst_image *image, const char *panel, const f
     else UNROLL for (int t = 0; t < 4; t++) *(v8 *)(y + t * ldy) = sum[t];
 }
 
-/* Bytes of a row of a panel: its words and its values. */
-INLINE long nm_row_bytes(const struct padst_image *image, int type) {
-    int slots = image->parameter[2], word = 32 / image->parameter[3];
-    return 4L * ((slots + word - 1) / word) + slots * (long)type_bytes(type);
-}
-
 INLINE int nm_lanes(const struct padst_image *image, int panel) {
     int left = image->out_features - panel * NM_ROWS;
     return left < NM_ROWS ? left : NM_ROWS;
@@ -137,13 +137,13 @@ INLINE void nm_rows(const struct padst_image *image, const float *x, long ldx, f
 /* -- many tokens --------------------------------------------------------------------------------------------------- */
 
 /* Slots [from, to) of a panel, slot by slot a value and a place in the tile for each lane. Idle lanes get places too,
- * within the margin. */
+ * within the margin. The same slots of the next panel are asked for: they come while this one's are multiplied. */
 INLINE void nm_decode(const struct padst_image *image, const char *panel, int lanes, int from, int to, uint32_t width,
                       int type, float *values, uint32_t *places) {
     const int bits = image->parameter[3], word = 32 / bits;
     const uint32_t mask = ((1u << bits) - 1) & (NM_MARGIN - 1);
     const int32_t *starts = section(image, image->starts);
-    const long step = lanes * (long)type_bytes(type);
+    const long step = lanes * (long)type_bytes(type), next = NM_ROWS * nm_row_bytes(image, type);
     const char *at = panel + from / word * (4L * lanes + word * step);
     u8x32 index = *(const u8x32 *)at >> (uint32_t)(from % word * bits);
     int within = from % word;
@@ -156,6 +156,7 @@ INLINE void nm_decode(const struct padst_image *image, const char *panel, int la
         }
         *(u8x32 *)places = ((index & mask) + (uint32_t)starts[s]) * width;
         *(v8 *)values = load8(at, 0, type);
+        prefetch(at + next);
         index >>= (uint32_t)bits;
     }
 }
@@ -163,11 +164,11 @@ INLINE void nm_decode(const struct padst_image *image, const char *panel, int la
 /* sums += values[s] * tile[places[s]] for `rows` neighbouring lanes of decoded slots. */
 INLINE void nm_tile_rows(const float *values, const uint32_t *places, int slots, const float *tile, float *sums,
                          int rows, int vectors, int fresh) {
-    vec sum[8];
+    vec sum[SUMS];
     UNROLL for (int v = 0; v < rows * vectors; v++) sum[v] = fresh ? splat(0) : loadf(sums + v * LANES);
     for (int s = 0; s < slots; s++, values += NM_ROWS, places += NM_ROWS)
         UNROLL for (int row = 0; row < rows; row++) {
-            const float *x = tile + places[row];
+            const float *x = opaque(tile + places[row]);
             vec w = splat(values[row]);
             UNROLL for (int v = 0; v < vectors; v++) sum[row * vectors + v] += w * loadf(x + v * LANES);
         }
@@ -186,7 +187,8 @@ INLINE int nm_panel_groups(const struct padst_image *image, int width) {
 /* Sums of panels [from, to) of outputs from a transposed tile [in][width] padded by NM_MARGIN inputs. */
 INLINE void nm_tile(const struct padst_image *image, const float *tile, float *sums, int from, int to, int type,
                     int vectors) {
-    const int width = vectors * LANES, rows = vectors >= 8 ? 1 : 8 / vectors, most = NM_ROW_TILE / NM_ROWS;
+    const int width = vectors * LANES, most = NM_ROW_TILE / NM_ROWS;
+    const int rows = SUMS / vectors < NM_ROWS ? SUMS / vectors : NM_ROWS;
     const char *panels = section(image, image->values);
     const long bytes = NM_ROWS * nm_row_bytes(image, type);
     int slots = image->parameter[2], step = nm_panel_groups(image, width) * image->parameter[0];

@@ -26,7 +26,7 @@ INLINE int rows_part(const float *values, const uint16_t *columns, int e, int en
     if (e == end || columns[e] >= limit) return e;
     UNROLL for (int v = 0; v < vectors; v++) sum[v] = loadf(sums + v * LANES);
     for (; e < end && columns[e] < limit; e++) {
-        const float *x = tile + (long)columns[e] * (vectors * LANES);
+        const float *x = opaque(tile + (long)columns[e] * (vectors * LANES));
         vec w = splat(values[e]);
         UNROLL for (int v = 0; v < vectors; v++) sum[v] += w * loadf(x + v * LANES);
     }

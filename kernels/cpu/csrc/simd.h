@@ -17,10 +17,12 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 #define UNROLL _Pragma("GCC unroll 16")
+#define SUMS LANES /* vectors of sums that stay in registers: half of them, 16 with AVX-512 and else 8 */
 
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t u8x32 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t u8x16 __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -146,6 +148,12 @@ INLINE vec loadf(const float *p) { return *(const vec *)p; }
 INLINE void storef(float *p, vec value) { *(vec *)p = value; }
 /* Subtracting zero is nothing, a broadcast; adding zero is an addition, for it turns -0 into 0. */
 INLINE vec splat(float value) { return value - (vec){0}; }
+/* The same address, of which the compiler knows nothing: it keeps it in one register and reads beside it by constants, where
+ * it otherwise takes an instruction to make the address of every read. */
+INLINE const float *opaque(const float *p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
 INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 /* Transpose 8 vectors of 8 floats in place. */
@@ -166,4 +174,42 @@ INLINE void transpose8(v8 *r) {
         r[i + 4] = SHUFFLE8(s[i], s[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
+
+#if LANES == 16
+/* Four values from `at` on of each of four rows, a quarter of a vector each. */
+INLINE __m512 load_quarters(const void *const *rows, long at, int type) {
+    if (type == PADST_F32) {
+        __m512 four = _mm512_castps128_ps512(_mm_loadu_ps((const float *)rows[0] + at));
+        four = _mm512_insertf32x4(four, _mm_loadu_ps((const float *)rows[4] + at), 1);
+        four = _mm512_insertf32x4(four, _mm_loadu_ps((const float *)rows[8] + at), 2);
+        return _mm512_insertf32x4(four, _mm_loadu_ps((const float *)rows[12] + at), 3);
+    }
+    u64x4 four;
+    UNROLL for (int i = 0; i < 4; i++) memcpy((char *)&four + 8 * i, (const uint16_t *)rows[4 * i] + at, 8);
+    if (type == PADST_BF16) return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)four), 16);
+    return _mm512_cvtph_ps((__m256i)four);
+}
+
+/* Sixteen values from `at` on of sixteen rows: r[i] is the i-th of every row. Loads put quarters of vectors together, which
+ * leaves two shuffles a vector where a transposition in registers takes four; each row's line is read as a whole. */
+INLINE void transpose16(const void *const *rows, long at, int type, vec *r) {
+    UNROLL for (int j = 0; j < 4; j++) UNROLL for (int i = 0; i < 16; i += 4)
+        r[i + j] = (vec)load_quarters(rows + j, at + i, type);
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        __m512 a = (__m512)r[i], b = (__m512)r[i + 1], c = (__m512)r[i + 2], d = (__m512)r[i + 3];
+        __m512 ab = _mm512_unpacklo_ps(a, b), cd = _mm512_unpacklo_ps(c, d);
+        r[i] = (vec)_mm512_shuffle_ps(ab, cd, 0x44);
+        r[i + 1] = (vec)_mm512_shuffle_ps(ab, cd, 0xee);
+        ab = _mm512_unpackhi_ps(a, b), cd = _mm512_unpackhi_ps(c, d);
+        r[i + 2] = (vec)_mm512_shuffle_ps(ab, cd, 0x44);
+        r[i + 3] = (vec)_mm512_shuffle_ps(ab, cd, 0xee);
+    }
+}
+
+INLINE void store16(void *base, long index, int type, vec value) {
+    if (type == PADST_F32) storef((float *)base + index, value);
+    else UNROLL for (int half = 0; half < 2; half++)
+        store8(base, index + 8 * half, type, *((const v8 *)&value + half));
+}
+#endif
 #endif

@@ -11,19 +11,27 @@ INLINE const void *section(const struct padst_image *image, int64_t offset) {
     return offset ? (const char *)image + offset : NULL;
 }
 
-#define AHEAD 8192
+#define AHEAD (LANES == 16 ? 4096 : 8192)
 
 #define MOST_PANEL_FLOATS 14336
 /* Floats of a panel of a transposed tile that all rows are taken through before the next: 28 KiB, what stays in a 32 KiB
- * first-level cache; more where a row reads few inputs of a panel, and loading its sums anew would be the larger part. */
-INLINE int panel_floats(double density) { return density > 0.2 ? 7168 : density > 0.07 ? 10240 : MOST_PANEL_FLOATS; }
+ * first-level cache; more where a row reads few inputs of a panel, and loading its sums anew would be the larger part.
+ * Fewer with AVX-512, whose tiles are wider, so that sums are a larger part of what passes by. */
+INLINE int panel_floats(double density) {
+    if (density > 0.2) return 7168;
+    if (density > 0.07) return LANES == 16 ? 8704 : 10240;
+    return LANES == 16 ? 10240 : MOST_PANEL_FLOATS;
+}
 
 /* Ask for the `bytes` (a constant) that come AHEAD bytes behind `at`: weights that are read once stream from memory faster
- * than the processor foresees, above all across the ends of pages. Not for the float32 values of blocks and diagonals, one
- * plain stream: there the requests cost more than they bring (Zen 3, huge pages, one token, 3072 x 768: 19 and 7 %). */
+ * than the processor foresees, above all across the ends of pages. */
 INLINE void prefetch_ahead(const char *at, long bytes) {
     UNROLL for (long line = 0; line < bytes; line += 64) prefetch(at + AHEAD + line);
 }
+
+/* Whether one token's weights are worth asking for ahead. The float32 values of blocks and diagonals are one plain stream,
+ * and there it depends: with AVX-512 it brings 10 % (Emerald Rapids), else it costs 7 to 19 % (Zen 3; one token, 3072 x 768). */
+INLINE int worth_asking(int type) { return LANES == 16 || type != PADST_F32; }
 
 /* to[inv_in[c]] = x[c], inv_in NULL for the identity: stores, not loads, set the pace either way. */
 INLINE void gather_row(const void *x, long row, int type, const uint16_t *inv_in, int in, float *to) {
@@ -69,9 +77,57 @@ INLINE void tile_in8(const void *x, int some, int in, int type, const uint16_t *
     }
 }
 
+#if LANES == 16
+#define ASK_IN 512  /* bytes that reading x, and writing y, ask ahead for */
+#define ASK_OUT 256
+
+/* As tile_in8, sixteen tokens. */
+INLINE void tile_in16(const void *x, int in, int type, const uint16_t *inv_in, float *tile, int width) {
+    const void *rows[16];
+    int c = 0;
+    UNROLL for (int i = 0; i < 16; i++) rows[i] = (const char *)x + (long)i * in * (long)type_bytes(type);
+    for (; c + 16 <= in; c += 16) {
+        vec r[16];
+        UNROLL for (int i = 0; i < 16; i++) prefetch((const char *)rows[i] + c * (long)type_bytes(type) + ASK_IN);
+        transpose16(rows, c, type, r);
+        UNROLL for (int i = 0; i < 16; i++) storef(tile + (long)(inv_in ? inv_in[c + i] : c + i) * width, r[i]);
+    }
+    for (; c < in; c++) {
+        float *to = tile + (long)(inv_in ? inv_in[c] : c) * width;
+        for (int i = 0; i < 16; i++) to[i] = load_one(rows[i], c, type);
+    }
+}
+
+/* As tile_out for sixteen tokens, from where `tile` and y begin. Lines of y are asked for before they are written: sixteen
+ * rows at once are more than the processor foresees. */
+INLINE void tile_out16(const float *tile, int width, int rows, const int32_t *perm_out, int type, const void *bias,
+                       void *y, long out, long first) {
+    int r = 0;
+    for (; r + 16 <= rows; r += 16) {
+        const void *from[16];
+        vec v[16], shift = bias ? load(bias, first + r, type) : splat(0);
+        UNROLL for (int i = 0; i < 16; i++) from[i] = tile + (long)(perm_out ? perm_out[r + i] : r + i) * width;
+        transpose16(from, 0, PADST_F32, v);
+        UNROLL for (int i = 0; i < 16; i++)
+            prefetch((const char *)y + (i * out + first + r) * (long)type_bytes(type) + ASK_OUT);
+        UNROLL for (int i = 0; i < 16; i++) store16(y, i * out + first + r, type, v[i] + shift);
+    }
+    for (; r < rows; r++) {
+        const float *from = tile + (long)(perm_out ? perm_out[r] : r) * width;
+        float shift = bias ? load_one(bias, first + r, type) : 0.0f;
+        for (int i = 0; i < 16; i++) store_one(y, i * out + first + r, type, from[i] + shift);
+    }
+}
+#endif
+
 /* Tokens [0, n) of x [n, in] as tile [in][width], as tile_in8; tokens n to width are zero. */
 INLINE void tile_in(const void *x, int n, int in, int type, const uint16_t *inv_in, float *tile, int width) {
-    for (int t = 0; t < width; t += 8) {
+    int t = 0;
+#if LANES == 16
+    for (; t + 16 <= n; t += 16)
+        tile_in16((const char *)x + (long)t * in * (long)type_bytes(type), in, type, inv_in, tile + t, width);
+#endif
+    for (; t < width; t += 8) {
         int some = n - t < 0 ? 0 : n - t < 8 ? n - t : 8;
         tile_in8((const char *)x + (long)t * in * (long)type_bytes(type), some, in, type, inv_in, tile + t, width);
     }
@@ -80,7 +136,12 @@ INLINE void tile_in(const void *x, int n, int in, int type, const uint16_t *inv_
 /* y[t][r] = tile[perm_out[r]][t] + bias[r] for tokens [0, n) and outputs [0, rows); y has rows of `out`. */
 INLINE void tile_out(const float *tile, int width, int n, int rows, const int32_t *perm_out, int type, const void *bias,
                      void *y, long out, long first) {
-    for (int t = 0; t < n; t += 8) {
+    int t = 0;
+#if LANES == 16
+    for (; t + 16 <= n; t += 16)
+        tile_out16(tile + t, width, rows, perm_out, type, bias, (char *)y + t * out * (long)type_bytes(type), out, first);
+#endif
+    for (; t < n; t += 8) {
         int some = n - t < 8 ? n - t : 8, r = 0;
         for (; r + 8 <= rows; r += 8) {
             v8 v[8];
