@@ -19,6 +19,7 @@ from .selftest import agree
 
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -59,6 +60,7 @@ class CallHeader(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
     )
 
 

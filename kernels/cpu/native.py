@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
+from torch.nn import functional
 
 from ..cost import FEW
 from ..layout import Layout
 from . import transient
 from .arena import image_memory
-from .library import TYPES, CallHeader, LayerHeader, isa_name, library
+from .library import ACTIVATIONS, TYPES, CallHeader, LayerHeader, isa_name, library
 
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
 
-_NO_CALLS: tuple[Any, ...] = (None, None, 0, None, 0, None)
+_NO_CALLS: tuple[Any, ...] = (None, None, 0, "", None, 0, None)
+
+_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+}
+"""The activations of the kernels' epilogue, for what does not run through the kernels."""
 
 _TENSORS = {"diag": ("offsets",), "nm": ("indices",), "block": ("row_offsets", "col_indices")}
 
@@ -44,8 +53,10 @@ def kernel_name(structure: str) -> str:
 class NativeKernel:
     """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
 
-    Gradients reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
+    A call may end in an activation, one of `epilogues`: it is taken of sums before these leave the kernel. Gradients reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
     """
+
+    epilogues = frozenset(_TORCH)
 
     def __init__(self, layout: Layout) -> None:
         self.name = kernel_name(layout.structure)
@@ -57,7 +68,9 @@ class NativeKernel:
         self._run = _library().padst_run
         self._recent = _NO_CALLS
 
-    def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]) -> Tensor:
+    def __call__(
+        self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor], activation: str = ""
+    ) -> Tensor:
         """`[..., in] -> [..., out]` in the dtype of x, on the CPU; raises ValueError for another width.
 
         With one token a layer takes no longer than a dozen calls into torch: whatever a call shares with the one before
@@ -65,12 +78,13 @@ class NativeKernel:
         """
         if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _WithGradient.apply(self, x, bias, materialise)
-            return result
-        shape, dtype, threads, like, address, _ = self._recent
-        if x.shape != shape or x.dtype is not dtype or get_num_threads() != threads:
-            dtype, threads, like, address = self._prepare(x)
+            return _TORCH[activation](result) if activation else result
+        shape, dtype, threads, ending, like, address, _ = self._recent
+        if x.shape != shape or x.dtype is not dtype or get_num_threads() != threads or activation != ending:
+            dtype, threads, like, address = self._prepare(x, activation)
         if not address:
-            return transient.linear(self._address, x, bias, self.out_features, threads)
+            result = transient.linear(self._address, x, bias, self.out_features, threads)
+            return _TORCH[activation](result) if activation else result
         if not x.is_contiguous():
             x = x.contiguous()
         y = empty_like(like)
@@ -84,7 +98,7 @@ class NativeKernel:
             raise MemoryError(f"{self.name} failed with status {status}")
         return y
 
-    def _prepare(self, x: Tensor) -> tuple[torch.dtype, int, Tensor, int]:
+    def _prepare(self, x: Tensor, activation: str) -> tuple[torch.dtype, int, Tensor, int]:
         """What calls like the one with `x` share: dtype, threads, a tensor like y, and the address of their descriptor,
         0 where the dense product is the faster.
         """
@@ -95,9 +109,11 @@ class NativeKernel:
         like = torch.empty(1, dtype=dtype).expand(*x.shape[:-1], self.out_features)
         header, address = None, 0
         if entries <= FEW * self.in_features or entries < self._limits[threads, dtype]:
-            header = CallHeader(self._address, entries // self.in_features, TYPES[dtype], threads)
+            header = CallHeader(
+                self._address, entries // self.in_features, TYPES[dtype], threads, ACTIVATIONS[activation]
+            )
             address = ctypes.addressof(header)
-        self._recent = (x.shape, dtype, threads, like, address, header)
+        self._recent = (x.shape, dtype, threads, activation, like, address, header)
         return dtype, threads, like, address
 
     def compute(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor:

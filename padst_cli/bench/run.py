@@ -140,9 +140,8 @@ class _Run:
 
     def _rates(self, dense: Any, task: str) -> ModelRates:
         dense = densify(self.sparse) if dense is None else dense
-        # Only a GPU's kernels have epilogues; the training rows that may follow want the layers as they were.
-        if self.sparse.device.type == "cuda":
-            fuse(self.sparse)
+        # Undone below: the training rows that may follow want the layers as they were.
+        fuse(self.sparse)
         try:
             with evaluating(dense):
                 tokens = max(self.tokens)

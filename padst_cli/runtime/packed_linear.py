@@ -12,6 +12,7 @@ from padst_kernels.dispatch import (
     Compact,
     DenseInPlace,
     Layout,
+    NativeKernel,
     compact,
     kernel_name,
     prepare,
@@ -113,8 +114,10 @@ class PackedLinear(nn.Module):
             return self._traced(x)
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
-            y = native(x, self._parameters["bias"], self.dense_weight)
-            return y if self.epilogue is None else self._activated(y)
+            bias, epilogue = self._parameters["bias"], self.epilogue
+            if epilogue is not None and isinstance(native, NativeKernel) and epilogue[0] in native.epilogues:
+                return native(x, bias, self.dense_weight, epilogue[0])
+            return self._activated(native(x, bias, self.dense_weight))
         self._check(x)
         if x.is_cpu and x.dtype in COMPACT_DTYPES and self._compact(x.dtype) is not None:
             return self.forward(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from padst_kernels.cpu import library
+from padst_kernels.cpu import library, transient
 from padst_kernels.cpu.library import ISAS, TYPES
 from padst_kernels.cpu.native import NativeKernel, kernel_name, serves, sparse_linear
 from torch.nn import functional
@@ -132,6 +134,61 @@ def test_results_are_rounded_as_torch_rounds(make_case, dtype):
     x = torch.randn(200, 64).to(dtype)
     found = poisoned_call(NativeKernel(case.layout), x, None)
     assert torch.equal(found, (x.float() * values).to(dtype))
+
+
+ACTIVATED = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("sides", ["", "i", "o", "io"])
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_outputs_may_end_in_an_activation(make_case, structure, activation, sides):
+    case = make_case(structure, 100, 70, 0.3, sides)
+    kernel = NativeKernel(case.layout)
+    for tokens in (1, 3, 9, 33, 70):
+        x, bias = 3 * torch.randn(tokens, 70), torch.randn(100) if tokens != 9 else None
+        plain = functional.linear(x.double(), case.weight.double(), None if bias is None else bias.double())
+        expected = ACTIVATED[activation](plain)
+        found = kernel(x, bias, no_weight, activation)
+        assert float((found - expected).abs().max()) <= 1e-5 * float(plain.abs().max())
+        close(kernel(x, bias, no_weight), case.weight, x, bias)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("activation", ACTIVATED)
+def test_an_activation_is_right_for_every_size_of_sum(make_case, activation):
+    case = make_case("diag", 64, 64, 1 / 64)
+    case.layout.tensors["values"].fill_(1.0)
+    case.layout.tensors["offsets"].fill_(0)
+    sizes = torch.cat([torch.linspace(-20, 20, 4000), torch.logspace(-30, 30, 4000), -torch.logspace(-30, 1.9, 4000)])
+    x = functional.pad(sizes, (0, -len(sizes) % 64)).view(-1, 64)
+    kernel = NativeKernel(case.layout)
+    for rows in (x, x[:1], x[-1:]):
+        found, expected = kernel(rows, None, no_weight, activation).double(), ACTIVATED[activation](rows.double())
+        assert bool(((found - expected).abs() <= 4e-7 * rows.abs().clamp(max=1) + 3e-7 * expected.abs()).all())
+    assert bool(kernel(torch.full((1, 64), float("nan")), None, no_weight, activation).isnan().all())
+
+
+def test_gradients_and_dense_products_end_in_the_activation_too(make_case, monkeypatch):
+    case = make_case("block", 64, 48, 0.3, "io")
+    kernel, x = NativeKernel(case.layout), torch.randn(9, 48)
+    expected = functional.silu(functional.linear(x, case.weight))
+    found = kernel(x.requires_grad_(), None, lambda: case.weight, "silu")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(functional.silu(functional.linear(x, case.weight)).sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], wanted, rtol=1e-4, atol=1e-5)
+    always_dense = transient.Limits(transient.work_of(kernel.image.data_ptr()))
+    always_dense[torch.get_num_threads(), torch.float32] = 1
+    monkeypatch.setattr(kernel, "_limits", always_dense)
+    many = torch.randn(40, 48)
+    assert kernel.name_at(40, torch.float32) == transient.NAME
+    expected = functional.silu(functional.linear(many, case.weight))
+    torch.testing.assert_close(kernel(many, None, no_weight, "silu"), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value_dtype", list(TYPES))

@@ -4,6 +4,7 @@
  * counts is to read the weights at full bandwidth. Many: threads take tiles of tokens, transposed to [inputs][tokens], so
  * that a weight is broadcast over vectors of tokens, and every structure runs from the same tile.
  */
+#include "activation.h"
 #include "block.h"
 #include "dense.h"
 #include "diag.h"
@@ -102,7 +103,7 @@ struct call {
     const struct kernel *kernel;
     const void *x, *bias;
     void *y;
-    int type, width, splits;
+    int type, width, splits, activation;
     long tokens, ldx, ldy;
     float *gathered, *sums;
     atomic_int failed;
@@ -122,12 +123,24 @@ static void gather(const struct call *call, long token, float *to) {
     else gather_row(call->x, token * in, PADST_F16, inverse, in, to);
 }
 
-static void scatter(const struct call *call, const float *z, long token) {
+static float bias_of(const struct call *call, long output) {
+    if (!call->bias) return 0;
+    if (call->type == PADST_F32) return load_one(call->bias, output, PADST_F32);
+    return load_one(call->bias, output, call->type == PADST_BF16 ? PADST_BF16 : PADST_F16);
+}
+
+static void scatter(const struct call *call, float *z, long token) {
     int out = call->image->out_features;
     const int32_t *perm = section(call->image, call->image->perm_out);
-    if (call->type == PADST_F32) scatter_row(z, perm, out, PADST_F32, call->bias, call->y, token * out);
-    else if (call->type == PADST_BF16) scatter_row(z, perm, out, PADST_BF16, call->bias, call->y, token * out);
-    else scatter_row(z, perm, out, PADST_F16, call->bias, call->y, token * out);
+    const void *bias = call->bias;
+    if (call->activation) {
+        for (int r = 0; bias && r < out; r++) z[perm ? perm[r] : r] += bias_of(call, r);
+        activate(z, out, 0, call->activation);
+        bias = NULL;
+    }
+    if (call->type == PADST_F32) scatter_row(z, perm, out, PADST_F32, bias, call->y, token * out);
+    else if (call->type == PADST_BF16) scatter_row(z, perm, out, PADST_BF16, bias, call->y, token * out);
+    else scatter_row(z, perm, out, PADST_F16, bias, call->y, token * out);
 }
 
 static void transpose_in(const struct call *call, long token, int n, float *tile, int width) {
@@ -139,13 +152,19 @@ static void transpose_in(const struct call *call, long token, int n, float *tile
     else tile_in(x, n, in, PADST_F16, inverse, tile, width);
 }
 
-static void transpose_out(const struct call *call, const float *sums, int width, long token, int n, int first, int rows) {
+static void transpose_out(const struct call *call, float *sums, int width, long token, int n, int first, int rows) {
     long out = call->image->out_features;
     const int32_t *perm = section(call->image, call->image->perm_out);
+    const void *bias = call->bias;
+    if (call->activation) {
+        for (int r = 0; r < rows; r++)
+            activate(sums + (long)(perm ? perm[r] : r) * width, width, bias_of(call, first + r), call->activation);
+        bias = NULL;
+    }
     char *y = (char *)call->y + token * out * (long)type_bytes(call->type);
-    if (call->type == PADST_F32) tile_out(sums, width, n, rows, perm, PADST_F32, call->bias, y, out, first);
-    else if (call->type == PADST_BF16) tile_out(sums, width, n, rows, perm, PADST_BF16, call->bias, y, out, first);
-    else tile_out(sums, width, n, rows, perm, PADST_F16, call->bias, y, out, first);
+    if (call->type == PADST_F32) tile_out(sums, width, n, rows, perm, PADST_F32, bias, y, out, first);
+    else if (call->type == PADST_BF16) tile_out(sums, width, n, rows, perm, PADST_BF16, bias, y, out, first);
+    else tile_out(sums, width, n, rows, perm, PADST_F16, bias, y, out, first);
 }
 
 /* -- few tokens ---------------------------------------------------------------------------------------------------- */
@@ -245,12 +264,13 @@ static int run_tiles(struct call *call, int threads) {
     return call->failed ? PADST_NO_MEMORY : PADST_OK;
 }
 
-static int forward(const struct padst_image *image, const void *x, int type, const void *bias, void *y, int64_t tokens,
-                   int threads) {
-    struct call call = {.image = image, .kernel = &kernels[image->structure][image->value_type],
-                        .x = x, .bias = bias, .y = y, .type = type, .tokens = tokens};
+static int forward(const struct padst_call *asked, const void *x, const void *bias, void *y) {
+    const struct padst_image *image = asked->image;
+    struct call call = {.image = image, .kernel = &kernels[image->structure][image->value_type], .x = x, .bias = bias,
+                        .y = y, .type = asked->type, .tokens = asked->tokens, .activation = asked->activation};
+    int threads = asked->threads < 1 ? 1 : asked->threads;
     if (!call.kernel->tile) return PADST_BAD_IMAGE;
-    if (tokens <= call.kernel->few) return run_rows(&call, threads);
+    if (call.tokens <= call.kernel->few) return run_rows(&call, threads);
     return run_tiles(&call, threads);
 }
 

@@ -5,8 +5,7 @@
 #include "padst.h"
 
 struct padst_engine {
-    int (*forward)(const struct padst_image *image, const void *x, int type, const void *bias, void *y, int64_t tokens,
-                   int threads);
+    int (*forward)(const struct padst_call *call, const void *x, const void *bias, void *y);
     int (*gradient)(const struct padst_image *image, const struct padst_image *transposed, const float *x,
                     const float *dy, float *gradient, int64_t tokens, int threads);
     int (*dense)(const struct padst_image *image, void *weight, int type, int threads);

@@ -32,16 +32,18 @@ int padst_isa(void) {
     return chosen;
 }
 
-int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads) {
-    const struct padst_image *header = image;
+int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y) {
+    const struct padst_image *header = call->image;
     if (header->magic != PADST_MAGIC || header->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
-    if (header->structure < 0 || header->structure >= PADST_STRUCTURES || type < PADST_F32 || type > PADST_F16)
+    if (header->structure < 0 || header->structure >= PADST_STRUCTURES || call->type < PADST_F32 || call->type > PADST_F16 ||
+        call->activation < PADST_NO_ACTIVATION || call->activation > PADST_SILU)
         return PADST_BAD_IMAGE;
-    return engines[padst_isa()]->forward(header, x, type, bias, y, tokens, threads < 1 ? 1 : threads);
+    return engines[padst_isa()]->forward(call, x, bias, y);
 }
 
-int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y) {
-    return padst_forward(call->image, x, call->type, bias, y, call->tokens, call->threads);
+int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads) {
+    struct padst_call call = {image, tokens, type, threads, PADST_NO_ACTIVATION};
+    return padst_run(&call, x, bias, y);
 }
 
 int padst_gradient(const void *image, const void *transposed, const float *x, const float *dy, float *gradient,

@@ -70,12 +70,15 @@ void padst_unpack_permutations(const void *image, int32_t *perm_in, int32_t *per
  * type `type`. */
 int padst_forward(const void *image, const void *x, int type, const void *bias, void *y, int64_t tokens, int threads);
 
-/* The same from a descriptor that the caller keeps: with one token the arguments of a foreign call take as long as a small
- * layer's arithmetic, and these are the same from call to call. */
+/* What the outputs may end in (activation.h). */
+enum { PADST_NO_ACTIVATION, PADST_GELU, PADST_GELU_TANH, PADST_SILU };
+
+/* The same, then the activation, from a descriptor that the caller keeps: with one token the arguments of a foreign call
+ * take as long as a small layer's arithmetic, and these are the same from call to call. */
 struct padst_call {
     const void *image;
     int64_t tokens;
-    int32_t type, threads;
+    int32_t type, threads, activation;
 };
 
 int padst_run(const struct padst_call *call, const void *x, const void *bias, void *y);
