@@ -19,53 +19,53 @@ struct gradient_call {
     int features[2], n, splits, units, blocks;
 };
 
-/* -- blocks: tiles are strips of STRIP features, [strips][tokens][STRIP] ------------------------------------------- */
+/* -- blocks: tiles are strips of STRIP features, [strips][tokens + 1][STRIP] --------------------------------------- */
 
-#define STRIPS_WIDTH 128 /* tokens of a tile */
+#define STRIPS_WIDTH 128                        /* tokens of a tile */
+#define STRIP_STEP ((STRIPS_WIDTH + 1L) * STRIP) /* a token more, or all strips of a token fell into one set of the cache */
+#define COLUMNS_TOGETHER (LANES == 16 ? 16 : 4)  /* as many as leave their sums in registers */
 
 /* One token's features to their places among the strips of a tile that begins with that token. */
 INLINE void strips_in(const float *x, int features, const uint16_t *places, float *tile) {
-    const long step = STRIPS_WIDTH * STRIP;
     int c = 0;
     if (!places)
-        for (; c + STRIP <= features; c += STRIP, tile += step) memcpy(tile, x + c, STRIP * sizeof *x);
+        for (; c + STRIP <= features; c += STRIP, tile += STRIP_STEP) memcpy(tile, x + c, STRIP * sizeof *x);
     if (!places)
         for (int rest = 0; c < features; c++, rest++) tile[rest] = x[c];
     else
-        for (; c < features; c++) tile[places[c] / STRIP * step + places[c] % STRIP] = x[c];
+        for (; c < features; c++) tile[places[c] / STRIP * STRIP_STEP + places[c] % STRIP] = x[c];
 }
 
-/* gradient[column][row] += sum over `n` tokens of u[.][column] * d[.][row], for four columns of one strip of rows. Eight
- * sums keep both multipliers busy. */
+/* gradient[column][row] += sum over `n` tokens of u[.][column] * d[.][row], for some columns of one strip of rows. Eight
+ * sums, 16 with AVX-512, keep both multipliers busy. */
 INLINE void block_gradient_part(const float *u, const float *d, int n, float *gradient) {
     enum { VECTORS = STRIP / LANES };
-    vec sum[4][VECTORS];
-    UNROLL for (int j = 0; j < 4; j++) UNROLL for (int v = 0; v < VECTORS; v++)
+    vec sum[COLUMNS_TOGETHER][VECTORS];
+    UNROLL for (int j = 0; j < COLUMNS_TOGETHER; j++) UNROLL for (int v = 0; v < VECTORS; v++)
         sum[j][v] = loadf(gradient + j * STRIP + v * LANES);
     for (int t = 0; t < n; t++, u += STRIP, d += STRIP) {
         vec row[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) row[v] = loadf(d + v * LANES);
-        UNROLL for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < COLUMNS_TOGETHER; j++) {
             vec column = splat(u[j]);
             UNROLL for (int v = 0; v < VECTORS; v++) sum[j][v] += column * row[v];
         }
     }
-    UNROLL for (int j = 0; j < 4; j++) UNROLL for (int v = 0; v < VECTORS; v++)
+    UNROLL for (int j = 0; j < COLUMNS_TOGETHER; j++) UNROLL for (int v = 0; v < VECTORS; v++)
         storef(gradient + j * STRIP + v * LANES, sum[j][v]);
 }
 
 /* Panels [from, to) of STRIP rows; values lie as block.h says: [blocks of the panel][B][STRIP]. */
 INLINE void block_gradient(const struct padst_image *image, const float *u, const float *d, int n, float *gradient,
                            int from, int to) {
-    const long step = STRIPS_WIDTH * STRIP;
     const char *values = section(image, image->values);
     for (int index = from; index < to; index++) {
         struct panel panel = block_panel(image, index, PADST_F32);
         float *at = gradient + (panel.values - values) / (long)sizeof *gradient;
         for (int b = 0; b < panel.blocks; b++)
-            for (int c = 0; c < panel.size; c += 4, at += 4 * STRIP) {
+            for (int c = 0; c < panel.size; c += COLUMNS_TOGETHER, at += COLUMNS_TOGETHER * STRIP) {
                 long column = (long)panel.columns[b] * panel.size + c;
-                block_gradient_part(u + column / STRIP * step + column % STRIP, d + index * step, n, at);
+                block_gradient_part(u + column / STRIP * STRIP_STEP + column % STRIP, d + index * STRIP_STEP, n, at);
             }
     }
 }
@@ -95,7 +95,7 @@ static void gradient_rows(void *context, int64_t index) {
 
 /* Room for a tile of one side, zero where an edge block reaches beyond the features. */
 static float *gradient_tile(enum padst_scratch slot, int features, int width) {
-    size_t bytes = (size_t)(features + BLOCK_MARGIN) * (size_t)width * sizeof(float);
+    size_t bytes = (size_t)(features + BLOCK_MARGIN) * (size_t)(width + 1) * sizeof(float);
     float *tile = padst_scratch(slot, bytes);
     if (tile) memset(tile, 0, bytes);
     return tile;

@@ -19,18 +19,26 @@ INLINE double rows_density(const struct padst_image *image) {
     return image->parameter[0] / ((double)image->out_features * image->in_features);
 }
 
-/* sums += values[e] * tile[columns[e]] for the entries from `e` on that lie below column `limit`; returns the next one. */
+/* sums += values[e] * tile[columns[e]] for the entries from `e` on that lie below column `limit`; returns the next one. Two
+ * at a time, each with sums of its own, where these leave registers for it: with few vectors a sum would wait for itself. */
 INLINE int rows_part(const float *values, const uint16_t *columns, int e, int end, int limit, const float *tile,
                      float *sums, int vectors) {
-    vec sum[8];
+    const int pair = 2 * vectors <= SUMS;
+    vec sum[2][8];
     if (e == end || columns[e] >= limit) return e;
-    UNROLL for (int v = 0; v < vectors; v++) sum[v] = loadf(sums + v * LANES);
+    UNROLL for (int v = 0; v < vectors; v++) sum[0][v] = loadf(sums + v * LANES), sum[1][v] = splat(0);
+    for (; pair && e + 1 < end && columns[e + 1] < limit; e += 2)
+        UNROLL for (int i = 0; i < 2; i++) {
+            const float *x = opaque(tile + (long)columns[e + i] * (vectors * LANES));
+            vec w = splat(values[e + i]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[i][v] += w * loadf(x + v * LANES);
+        }
     for (; e < end && columns[e] < limit; e++) {
         const float *x = opaque(tile + (long)columns[e] * (vectors * LANES));
         vec w = splat(values[e]);
-        UNROLL for (int v = 0; v < vectors; v++) sum[v] += w * loadf(x + v * LANES);
+        UNROLL for (int v = 0; v < vectors; v++) sum[0][v] += w * loadf(x + v * LANES);
     }
-    UNROLL for (int v = 0; v < vectors; v++) storef(sums + v * LANES, sum[v]);
+    UNROLL for (int v = 0; v < vectors; v++) storef(sums + v * LANES, sum[0][v] + sum[1][v]);
     return e;
 }
 
