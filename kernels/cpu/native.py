@@ -53,7 +53,8 @@ def kernel_name(structure: str) -> str:
 class NativeKernel:
     """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
 
-    A call may end in an activation, one of `epilogues`: it is taken of sums before these leave the kernel. Gradients reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
+    A call may end in an activation, one of `epilogues`: it is taken of sums before these leave the kernel. Gradients
+    reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
     """
 
     epilogues = frozenset(_TORCH)

@@ -1,8 +1,9 @@
 """Activations computed by the packed layer before them: in the kernel's epilogue where it has one.
 
-On a GPU an activation of its own reads and writes the whole output again, as long as a sparse layer may take. Only for
-inference and only where it is asked for: a fused layer answers with activated outputs to whoever looks at it (hooks,
-adapters), and what takes its place later must bring the activation along.
+An activation of its own reads and writes the whole output again, which may take as long as a sparse layer: on a GPU by
+the traffic alone, on a CPU where it comes as half a dozen operations. Only for inference and only where it is asked
+for: a fused layer answers with activated outputs to whoever looks at it (hooks, adapters), and what takes its place
+later must bring the activation along.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def fuse(model: nn.Module) -> dict[str, str]:
     """Move activations into the packed layers before them, in place; returns them by the layer's name.
 
     A pair is fused where the forward pass of the module that holds both can be traced and calls the activation on the
-    layer's output and on nothing else, and nothing else sees that output. The activations are those of
-    `padst_kernels.gpu.common`: GELU, its approximation by tanh, SiLU. What is fused already stays so.
+    layer's output and on nothing else, and nothing else sees that output. The activations are those
+    that all kernels have: GELU, its approximation by tanh, SiLU. What is fused already stays so.
     """
     found = {}
     for name, parent in list(model.named_modules()):

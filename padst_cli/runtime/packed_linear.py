@@ -115,7 +115,9 @@ class PackedLinear(nn.Module):
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             bias, epilogue = self._parameters["bias"], self.epilogue
-            if epilogue is not None and isinstance(native, NativeKernel) and epilogue[0] in native.epilogues:
+            if epilogue is None:
+                return native(x, bias, self.dense_weight)
+            if isinstance(native, NativeKernel) and epilogue[0] in native.epilogues:
                 return native(x, bias, self.dense_weight, epilogue[0])
             return self._activated(native(x, bias, self.dense_weight))
         self._check(x)
