@@ -96,12 +96,16 @@ def test_a_causal_model_in_full(sources: dict[str, Source]) -> None:
     # In this order: making a dense copy brings the model's packed tensors back.
     assert rates["resident_bytes"] == {"sparse": resident_bytes(model), "dense": resident_bytes(densify(model))}
     assert found["break_even_density"] is None
+    (note,) = found["notes"]
+    assert "2 sparse layers end in the activation that follows them (gelu_tanh)" in note
+    assert all(layer.epilogue is None for layer in packed_layers(model).values())
     assert seen == [(done, 11) for done in range(11)]
 
 
 def test_layers_alone_prepare_nothing_in_the_model(sources: dict[str, Source]) -> None:
     model, result = run(sources["gpt2"], recipe("nm"), layers_only=True)
     assert result.model is None
+    assert result.notes == ()
     assert all(layer.prepared_bytes() == 0 for layer in packed_layers(model).values())
 
 

@@ -103,6 +103,7 @@ class _Run:
         self.packed = packed_layers(sparse)
         self.groups = groups_of(self.packed)
         self.stopwatch, self.whole = stopwatch, whole
+        self.notes: list[str] = []
         self.bencher = LayerBench(self.stopwatch, sparse.device, sparse.dtype, seed)
         cells = len(self.groups) * len(tokens)
         self.progress = Progress(on_progress, cells * (1 + train + len(DENSITIES) * break_even) + 3 + train)
@@ -132,7 +133,7 @@ class _Run:
             gpu=device_facts(sparse.device),
             compiled=self.whole.compiled,
             cuda_graphs=getattr(self.stopwatch, "graphs", False),
-            notes=tuple(getattr(self.stopwatch, "notes", ())),
+            notes=(*self.notes, *getattr(self.stopwatch, "notes", ())),
         )
 
     def _row(self, names: list[str], tokens: int, limits: Limits) -> LayerRow:
@@ -141,7 +142,13 @@ class _Run:
     def _rates(self, dense: Any, task: str) -> ModelRates:
         dense = densify(self.sparse) if dense is None else dense
         # Undone below: the training rows that may follow want the layers as they were.
-        fuse(self.sparse)
+        fused = fuse(self.sparse)
+        if fused:
+            kinds = ", ".join(sorted(set(fused.values())))
+            self.notes.append(
+                f"whole model: {len(fused)} sparse layers end in the activation that follows them ({kinds}), as "
+                "padst_cli.runtime.fusion.fuse makes them; the dense model runs as it is"
+            )
         try:
             with evaluating(dense):
                 tokens = max(self.tokens)

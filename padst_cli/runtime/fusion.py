@@ -31,8 +31,8 @@ def fuse(model: nn.Module) -> dict[str, str]:
     """Move activations into the packed layers before them, in place; returns them by the layer's name.
 
     A pair is fused where the forward pass of the module that holds both can be traced and calls the activation on the
-    layer's output and on nothing else, and nothing else sees that output. The activations are those
-    that all kernels have: GELU, its approximation by tanh, SiLU. What is fused already stays so.
+    layer's output and on nothing else, and nothing else sees that output. The activations are those that the kernels
+    have on a CPU and on a GPU: GELU, its approximation by tanh, SiLU. What is fused already stays so.
     """
     found = {}
     for name, parent in list(model.named_modules()):
