@@ -19,6 +19,8 @@ from padst_cli.bench.result import TrainRates, TrainRow
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Progress, Rate, Stopwatch
+from padst_cli.training.memory import kept_memory
+from padst_cli.training.optimizer import AdamW
 from padst_cli.training.sparse_linear import Permutation, SparseLinear
 
 _STEP_REPEATS = 3
@@ -45,16 +47,16 @@ def train_rates(
     """
     packed = packed_layers(sparse)
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for names in groups:
-        layer = packed[names[0]]
-        for count in tokens:
-            progress.next(f"training {names[0]}, {count} tokens")
-            rows.append(_layer_row(names, layer, count, stopwatch, generator))
-    step = None
-    if dense is not None and task == "causal-lm":
-        progress.next("training the whole model")
-        step = step_rate(sparse, dense, max(tokens), stopwatch, generator, batch)
+    rows, step = [], None
+    with kept_memory(sparse.device):  # on both sides, as fine-tuning does
+        for names in groups:
+            layer = packed[names[0]]
+            for count in tokens:
+                progress.next(f"training {names[0]}, {count} tokens")
+                rows.append(_layer_row(names, layer, count, stopwatch, generator))
+        if dense is not None and task == "causal-lm":
+            progress.next("training the whole model")
+            step = step_rate(sparse, dense, max(tokens), stopwatch, generator, batch)
     return TrainRates(tuple(rows), step)
 
 
@@ -175,7 +177,7 @@ def _optimizer_step(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Non
         model.float()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    optimizer = AdamW([{"params": model.parameters()}], _LEARNING_RATE)
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=device == "cuda" and dtype is not torch.float32):

@@ -45,7 +45,7 @@ def generate(
     seed: int = 0,
 ) -> GenerateResult:
     """Go on from `prompt` with a dense or sparse causal LM; raises `PadstError` for models that generate no text."""
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(model, device=device, dtype=dtype, fused=True)
     said = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return GenerateResult(
         prompt=prompt,

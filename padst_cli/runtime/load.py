@@ -10,6 +10,7 @@ import torch
 from padst_cli.checkpoint.reader import Source, from_pretrained, load_dense, load_processor, open_source
 from padst_cli.errors import PadstError, nearest
 from padst_cli.runtime import quantizer as _registers_the_format  # noqa: F401
+from padst_cli.runtime.fusion import fuse
 
 DTYPES = {
     "float32": torch.float32,
@@ -40,16 +41,21 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    fused: bool = False,
 ) -> Loaded:
     """Open a hub id, a dense transformers folder or a folder that padst wrote.
 
     `device` auto takes a GPU where there is one. `dtype` is that of activations and dense weights; None means float32
-    on the CPU and the stored dtype elsewhere; packed values keep their stored dtype either way. Raises `PadstError`
-    for everything that is wrong with the model, the device or the dtype.
+    on the CPU and the stored dtype elsewhere; packed values keep their stored dtype either way. `fused` lets the packed
+    layers compute the activations behind them, the faster way to run a model that nothing else is hung on
+    (`fusion.py`). Raises `PadstError` for everything that is wrong with the model, the device or the dtype.
     """
     where = resolve_device(device)
     source = open_source(model, revision=revision)
-    return load_source(source, device=where, dtype=dtype)
+    loaded = load_source(source, device=where, dtype=dtype)
+    if fused:
+        fuse(loaded.model)
+    return loaded
 
 
 def load_source(

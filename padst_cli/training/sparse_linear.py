@@ -167,7 +167,7 @@ class SparseLinear(nn.Module):
         self.mask: Tensor
         self.structure = structure
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.clone())
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.clone())
         self.register_buffer("mask", mask.clone())
         self.perm_in = perm_in

@@ -28,7 +28,9 @@ from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
 from padst_cli.training.hardening import HardenedRecord, Hardener, forget_parameter, learned_before
+from padst_cli.training.memory import kept_memory
 from padst_cli.training.objective import TEACHER_LOGITS, Batch, Objective
+from padst_cli.training.optimizer import AdamW
 from padst_cli.training.projected import GRADIENT_EVERY, Projection
 from padst_cli.training.remembered import remember, worth_remembering
 from padst_cli.training.result import Progress, TrainResult, result_of
@@ -169,7 +171,7 @@ class _Trainer:
             {"params": soft, "lr": self.recipe.permutation.learning_rate, "eps": _SOFT_EPSILON, **plain},
             {"params": scores, "lr": score_learning_rate(training.steps, self.recipe.support.until), **plain},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.optimizer = AdamW(groups, training.learning_rate, training.weight_decay)
         warmup = round(training.warmup * training.steps)
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, warmup, max(1, training.steps))
 
@@ -181,7 +183,7 @@ class _Trainer:
         self.model.train()
         self._remember()
         said = False
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, kept_memory(self.accelerator.device):
             while progress.step < training.steps:
                 began = time.perf_counter()
                 terms, wants_stop = self._step(stop)

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import padst_cli
 from padst_cli.errors import PadstError
 from padst_cli.runtime.describe import describe
+from padst_cli.runtime.fusion import Absorbed
 from padst_cli.runtime.generate import generate
 from padst_cli.runtime.load import load, resolve_device, resolve_dtype
 from padst_cli.runtime.packing import repack
@@ -104,6 +105,18 @@ def test_generate(packed_folder, folders):
         generate(load(str(folders("gpt2"))), "w1")
     with pytest.raises(PadstError, match="image-classification"):
         generate(load(str(folders("vit"))), "w1")
+
+
+def test_fused_where_asked_for(packed_folder, tiny, tmp_path):
+    plain, fused = (load(str(packed_folder), fused=choice).model for choice in (False, True))
+    assert not any(layer.epilogue for layer in packed_layers(plain).values())
+    assert any(layer.epilogue for layer in packed_layers(fused).values())
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.allclose(fused(ids).logits, plain(ids).logits, atol=1e-5)
+    tiny.build("gpt2").save_pretrained(tmp_path / "dense")
+    dense = load(str(tmp_path / "dense"), fused=True).model
+    assert not any(isinstance(module, Absorbed) for module in dense.modules()), "a dense model stays as it is"
 
 
 @pytest.mark.parametrize(

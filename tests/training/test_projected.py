@@ -12,6 +12,7 @@ from padst_cli.permutation.assignment import kept_share
 from padst_cli.plan import make_plan
 from padst_cli.recipe import PermutationRecipe, Recipe
 from padst_cli.structures import StructureOptions, structure_class
+from padst_cli.training import trainer
 from padst_cli.training.latent import Latent
 from padst_cli.training.projected import Projection, choose, saliency
 from padst_cli.training.sparse_linear import (
@@ -211,7 +212,7 @@ def test_values_outside_the_support_hear_every_fourth_gradient_whatever_computes
     recipe = bench.recipe(**{"permutation.learner": "projected", "support.every": 100})
     heard = []
 
-    class Watching(torch.optim.AdamW):
+    class Watching(trainer.AdamW):
         def step(self, *args, **kwargs):
             layers = sparse_layers(student).values()
             latent = [layer for layer in layers if layer.latent is not None]
@@ -219,7 +220,7 @@ def test_values_outside_the_support_hear_every_fourth_gradient_whatever_computes
             assert all(layer.weight.grad[layer.mask].any() for layer in layers)
             return super().step(*args, **kwargs)
 
-    monkeypatch.setattr(torch.optim, "AdamW", Watching)
+    monkeypatch.setattr(trainer, "AdamW", Watching)
     _, student = bench.student(recipe)
     bench.train(recipe, student=student)
     layers = len(sparse_layers(student))
