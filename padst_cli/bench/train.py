@@ -19,6 +19,7 @@ from padst_cli.bench.result import TrainRates, TrainRow
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Progress, Rate, Stopwatch
+from padst_cli.training.activations import in_one_operation
 from padst_cli.training.memory import kept_memory
 from padst_cli.training.optimizer import AdamW
 from padst_cli.training.sparse_linear import Permutation, SparseLinear
@@ -163,7 +164,10 @@ def step_rate(
     ids = torch.randint(config.vocab_size, shape, generator=generator).to(dense.device)
     watch = copy.copy(stopwatch)
     watch.timing = replace(stopwatch.timing, repeats=_STEP_REPEATS)
-    steps = [_optimizer_step(model, {"input_ids": ids, "labels": ids}) for model in (copy.deepcopy(dense), student)]
+    models = copy.deepcopy(dense), student
+    for model in models:  # both as fine-tuning has them
+        in_one_operation(model)
+    steps = [_optimizer_step(model, {"input_ids": ids, "labels": ids}) for model in models]
     rate = Rate.of("tokens", ids.numel(), ids.numel(), watch.uncaptured(steps[0], steps[1]))
     if used is not None:
         used.update(str(module.computed_by) for module in student.modules() if isinstance(module, SparseLinear))

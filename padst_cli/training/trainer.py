@@ -24,6 +24,7 @@ from padst_cli.data.items import Items, collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
 from padst_cli.recipe import Recipe
+from padst_cli.training.activations import in_one_operation
 from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
 from padst_cli.training.dynadiag import score_learning_rate, temperature_at
@@ -119,6 +120,9 @@ class _Trainer:
         self.progress = Progress()
         self.remembered: Tensor | None = None
         objective.to(accelerator.device)
+        for trained in (model, objective.teacher):
+            if trained is not None:
+                in_one_operation(trained)
 
     # -- beginning, and beginning again ------------------------------------------------------------------------------
 
