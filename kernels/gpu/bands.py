@@ -36,22 +36,27 @@ def side(band: int, dtype: torch.dtype) -> int:
     return min(size, rules.BAND_SIDES[-1]) if dtype is torch.float32 else size
 
 
-def space(tokens: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    """How a product may be cut for bands of `size`, the default first: the tile of tokens, how deep loads run ahead."""
-    return _space(limit_of(tokens, 64), size, dtype)
+def space(tokens: int, size: int, dtype: torch.dtype, roomy: bool) -> tuple[Config, ...]:
+    """How a product may be cut for bands of `size`, the default first: the tile of tokens, how deep loads run ahead.
+
+    `roomy`: registers need not hold operands (`tuning.shares_operands`).
+    """
+    return _space(limit_of(tokens, 64), size, dtype, roomy)
 
 
 @functools.cache
-def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def _space(most: int, size: int, dtype: torch.dtype, roomy: bool) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, int, int], ...]
     if dtype is torch.float32:
         tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2))
+    elif size == 64 and not roomy:
+        tiles = ((64, 8, 3), (64, 8, 2), (32, 4, 3))
     elif most == 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))
     elif size < 64:
-        tiles = ((128, 4, 3), (128, 4, 2), (256, 8, 2), (64, 4, 3))
+        tiles = ((128, 4, 3), (128, 4, 2), *(((256, 8, 2),) if roomy else ()), (64, 4, 3))
     else:  # the sums of more would not fit the registers
-        tiles = ((128, 8, 3), (128, 8, 2), (128, 4, 2), (64, 4, 3))
+        tiles = ((128, 8, 3), (128, 8, 2), (64, 4, 3))
     return tuple(Config(TILE=tile, ROWS=size, num_warps=warps, num_stages=stages) for tile, warps, stages in tiles)
 
 
@@ -239,7 +244,8 @@ def launch(
     launcher(tile_kernel, x)[(bands * slots,)](
         values=values, offsets=offsets, tiles=tiles, TALL=tall, SIZE=size, num_warps=4, **shape
     )
-    cut = tuning.tuned("bands", space(tokens, size, x.dtype), tokens, x, values, out_features)
+    cuts = space(tokens, size, x.dtype, tuning.shares_operands(x.device))
+    cut = tuning.tuned("bands", cuts, tokens, x, values, out_features)
     launcher(band_kernel, x)[(triton.cdiv(out_features, size) * triton.cdiv(tokens, cut.TILE),)](
         x=x, tiles=tiles, offsets=offsets, spans=spans, y=y, tokens=tokens, bands=bands,
         TALL=tall, EVEN=max(in_features, out_features) % 16 == 0, SPAN=ROWS_OF_SPAN, PRECISION=precision(x.dtype),

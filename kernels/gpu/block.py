@@ -53,7 +53,7 @@ def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
     elif most == 64:
         tiles = ((64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 2, 4), (64, 32, 4, 4))
     elif size < 64:
-        tiles = ((128, 32, 4, 4), (128, 64, 4, 3), (256, 32, 8, 3), (64, 64, 4, 3))
+        tiles = ((128, 32, 4, 4), (128, 64, 8, 3), (256, 32, 8, 3), (64, 64, 4, 3))
     else:  # the sums of more would not fit the registers
         tiles = ((128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3))
     return tuple(

@@ -31,11 +31,11 @@ def _space(most: int, dtype: torch.dtype) -> tuple[Config, ...]:
     if dtype is torch.float32:
         tiles = ((64, 64, 16, 8, 2), (64, 32, 32, 4, 2), (32, 64, 16, 4, 2))
     elif most == 16:
-        tiles = ((16, 16, 128, 4, 2), (16, 32, 64, 4, 2), (16, 16, 64, 2, 2))
+        tiles = ((16, 16, 128, 4, 2), (16, 32, 64, 8, 2), (16, 16, 64, 2, 2))
     elif most == 64:
-        tiles = ((64, 32, 64, 4, 2), (64, 64, 64, 4, 2), (32, 32, 64, 4, 2))
-    else:
-        tiles = ((256, 64, 64, 8, 2), (256, 128, 32, 8, 2), (128, 64, 64, 8, 2), (128, 64, 32, 4, 2))
+        tiles = ((64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 32, 64, 4, 2))
+    else:  # every permuted input of a tile has an address of its own: larger ones would not fit the registers
+        tiles = ((128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 4, 2))
     return tuple(
         Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=stages)
         for tile, rows, step, warps, stages in tiles
@@ -49,7 +49,7 @@ def gradient_space(tokens: int, tiles: int, dtype: torch.dtype) -> tuple[Config,
 
 @functools.cache
 def _gradient_space(split: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    cuts = ((16, 8), (32, 8)) if dtype is torch.float32 else ((64, 4), (32, 4), (64, 8))
+    cuts = ((16, 8), (32, 8)) if dtype is torch.float32 else ((64, 8), (32, 8), (128, 8))
     return tuple(
         Config(TILE=tile, ROWS=64, STEP=64, SPLIT=each, num_warps=warps, num_stages=2)
         for each in dict.fromkeys((split, 2 * split))

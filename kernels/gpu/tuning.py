@@ -53,6 +53,16 @@ def tuned(
     return chosen(features(kernel, x, values, out_features), tokens, space, x.device)
 
 
+@functools.cache
+def shares_operands(device: torch.device) -> bool:
+    """Whether tensor cores take their operands from shared memory (Hopper on), so that larger tiles fit the registers.
+
+    AMD's have registers enough; nothing is known of a device that is not at hand.
+    """
+    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return not nvidia or torch.cuda.get_device_properties(device).major >= 9
+
+
 def features(kernel: str, x: torch.Tensor, values: torch.Tensor, out_features: int) -> str:
     """What the speed of a launch depends on, besides its tokens: shape, about how many values, dtypes."""
     kinds = "/".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, values))

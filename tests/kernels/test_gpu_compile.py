@@ -31,8 +31,8 @@ TOKENS = (1, 2, 16, 64, 4096)
 Launch = tuple[Any, dict[str, str], dict[str, Any], Any]
 
 
-def precisions(dtype: torch.dtype, backend: str) -> tuple[str, ...]:
-    return ("ieee", "tf32") if dtype is torch.float32 and backend == "cuda" else ("ieee",)
+def precisions(dtype: torch.dtype, target: str) -> tuple[str, ...]:
+    return ("ieee", "tf32") if dtype is torch.float32 and target.startswith("cuda") else ("ieee",)
 
 
 def cuts(space: Callable[..., tuple[Config, ...]], *rest: Any, whole: bool) -> list[Config]:
@@ -40,9 +40,9 @@ def cuts(space: Callable[..., tuple[Config, ...]], *rest: Any, whole: bool) -> l
     return list(dict.fromkeys(cut for tokens in TOKENS for cut in space(tokens, *rest)[: None if whole else 1]))
 
 
-def block_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+def block_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
     lists = {"row_offsets": "i32", "col_indices": "i32", "order": "i32"}
-    for size, precision, transposed in product((16, 32, 64), precisions(dtype, backend), (False, True)):
+    for size, precision, transposed in product((16, 32, 64), precisions(dtype, target), (False, True)):
         constants = {"SIZE": size, "PRECISION": precision, "TRANSPOSED": transposed}
         for cut in cuts(block.space, size, dtype, whole=whole):
             few = cut.TILE <= block.FEW and cut.ROWS == 16 and cut.num_stages == 2
@@ -67,26 +67,26 @@ def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
         yield diag.gradient_kernel, {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}, {}, cut
 
 
-def band_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+def band_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
     for size, tall in product(sorted({bands.side(side, dtype) for side in rules.BAND_SIDES}), (True, False)):
         pointers = {"values": "?", "offsets": "i32", "tiles": "?"}
         yield bands.tile_kernel, pointers, {"TALL": tall, "SIZE": size}, Config(num_warps=4, num_stages=2)
-        for precision in precisions(dtype, backend):
+        for precision in precisions(dtype, target):
             constants = {"TALL": tall, "EVEN": True, "PRECISION": precision}
             pointers = {"x": "?", "tiles": "?", "offsets": "i32", "spans": "i32"}
-            for cut in cuts(bands.space, size, dtype, whole=whole):
+            for cut in cuts(bands.space, size, dtype, target != "cuda:80", whole=whole):
                 yield bands.band_kernel, pointers, {**constants, "SPAN": bands.ROWS_OF_SPAN}, cut
             pointers = {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}
             for cut in cuts(bands.gradient_space, 50, size, dtype, whole=whole):
                 yield bands.gradient_kernel, pointers, constants, cut
 
 
-def nm_launches(dtype: torch.dtype, backend: str, whole: bool) -> Iterator[Launch]:
+def nm_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
     for n, m in ((2, 4), (3, 15), (1, 20)):
         group = {"N": n, "M": m, "BITS": nm.index_bits(m)}
         for cut in cuts(nm.space, whole=whole):
             yield nm.nm_kernel, {"x": "?", "values": "?", "indices": "u8"}, group, cut
-        for precision, transposed in product(precisions(dtype, backend), (False, True)):
+        for precision, transposed in product(precisions(dtype, target), (False, True)):
             for cut in cuts(nm_tiles.space, dtype, whole=whole):
                 constants = {**group, "PRECISION": precision, "TRANSPOSED": transposed}
                 yield nm_tiles.tile_kernel, {"x": "?", "values": "?", "indices": "u8"}, constants, cut
@@ -162,7 +162,7 @@ def check(
     whole: bool = False,
 ) -> None:
     target, shared = TARGETS[target_name]
-    launches = list(LAUNCHES[structure](dtype, target.backend, whole))
+    launches = list(LAUNCHES[structure](dtype, target_name, whole))
     assert launches
     for launch in launches[:most]:
         binary = compiled(launch, dtype, plain, target)
