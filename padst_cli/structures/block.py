@@ -24,8 +24,9 @@ class Block(Structure):
     """`count` blocks of `block_size` x `block_size` on a grid of ceil(out / B) x ceil(in / B); edge blocks are padded.
 
     With `rows` "even" every block row has floor(count / block rows) blocks, some one more: a unit table of block rows x
-    block columns. With "free" they lie anywhere: one group of all blocks. A free choice by score heaps blocks onto few
-    rows and lets others go dead, hence "even" is the default.
+    block columns. With "free" they lie anywhere: one group of all blocks. A free choice by score leaves block rows
+    empty where there are few columns, and their outputs dead, hence "even" is the default; on a wider model it was the
+    better one (BENCHMARKS.md, "Rows of blocks").
 
     Packed as block-CSR (the vocabulary is that of stanford-futuredata/stk): `values [count, B, B]`, `row_offsets` int32
     `[block rows + 1]`, `col_indices` int32 `[count]`, ascending within a block row; padding is stored as 0.
