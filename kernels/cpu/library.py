@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .isa import ISAS, allowed
 from .selftest import agree
 
-ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
@@ -116,7 +116,10 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library of this installation, opened once; None, after one warning, where there is none."""
+    """The library of this installation, opened once; None, after one warning, where there is none.
+
+    Its kernels use no more than `isa.allowed()`, which may raise ValueError.
+    """
     path = find()
     if path is None:
         warnings.warn(
@@ -127,8 +130,11 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     lib = open_library(path)
+    most = ISAS.index(allowed())
     portable, avx512 = ISAS.index("portable"), ISAS.index("avx512")
-    if not lib.padst_runs(avx512):
+    if most < lib.padst_isa():
+        lib.padst_use_isa(most)
+    if most < avx512 or not lib.padst_runs(avx512):
         return lib
     if not agree(lib, LayerHeader, TYPES, portable, avx512):
         warnings.warn(

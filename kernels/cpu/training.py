@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .library import ISAS, LayerHeader, image_values, library
+from .isa import ISAS
+from .library import LayerHeader, image_values, library
 from .native import call, make_image, pointer
 
 MOST_FEATURES = 65_000

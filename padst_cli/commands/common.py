@@ -17,6 +17,7 @@ import typer
 
 from padst_cli.console import Console
 from padst_cli.errors import Interrupted, PadstError
+from padst_cli.runtime.environment import check_environment
 
 Command = Callable[..., Any]
 
@@ -82,6 +83,7 @@ class Common:
         console = Console(json=self.json, quiet=self.quiet)
         try:
             with _sigterm_as_interrupt():
+                check_environment()
                 yield console
         except PadstError as error:
             found = error

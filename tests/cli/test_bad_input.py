@@ -210,3 +210,8 @@ def test_json_error_is_one_object(padst: Padst, tmp_path: Path) -> None:
     result = padst("inspect", tmp_path / "nowhere", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"]
+
+
+def test_unknown_instruction_set(padst: Padst, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PADST_ISA", "neon")
+    assert "PADST_ISA is 'neon'" in padst.error("inspect", gpt2)

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from padst_kernels.cpu import library, transient
-from padst_kernels.cpu.library import ISAS, TYPES
+from padst_kernels.cpu.isa import ISAS
+from padst_kernels.cpu.library import TYPES
 from padst_kernels.cpu.native import NativeKernel, kernel_name, serves, sparse_linear
 from torch.nn import functional
 

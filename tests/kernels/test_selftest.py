@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from padst_kernels.cpu import library, selftest
-from padst_kernels.cpu.library import ISAS, TYPES, LayerHeader
+from padst_kernels.cpu.isa import ISAS
+from padst_kernels.cpu.library import TYPES, LayerHeader
 from padst_kernels.cpu.selftest import agree
 
 PORTABLE, AVX2 = ISAS.index("portable"), ISAS.index("avx2")

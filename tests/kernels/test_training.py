@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from padst_kernels.cpu import library
-from padst_kernels.cpu.library import ISAS
+from padst_kernels.cpu.isa import ISAS
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
 
 from padst_cli.permutation.apply import from_structure, random_permutation

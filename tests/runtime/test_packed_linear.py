@@ -9,7 +9,8 @@ import pytest
 import torch
 from padst_kernels.cost import resident_bound
 from padst_kernels.cpu import native, transient
-from padst_kernels.cpu.library import ISAS, library
+from padst_kernels.cpu.isa import ISAS
+from padst_kernels.cpu.library import library
 from padst_kernels.dispatch import DenseInPlace
 from torch.nn import functional
 

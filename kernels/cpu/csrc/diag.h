@@ -69,13 +69,16 @@ INLINE void diag_rows(const struct padst_image *image, const float *x, long ldx,
 }
 
 /* `rows` neighbouring rows of a chunk over one panel. Their runs lie behind one another, as their inputs and sums do, so
- * SUMS vectors of sums are one stretch of memory whatever the width: sums += values[e * CHUNK + row] * tile[start[e]]. */
+ * SUMS vectors of sums are one stretch of memory whatever the width: sums += values[e * CHUNK + row] * tile[start[e]].
+ * `ask`, where there is one, is a line of an entry that will be wanted, to be asked for with those behind it: one with each
+ * entry, for more at once than the processor keeps count of would have to wait. */
 INLINE void diag_tile_rows(const void *values, const uint16_t *indices, int entries, const float *tile, float *sums,
-                           int type, int rows, int vectors, int fresh) {
+                           int type, int rows, int vectors, int fresh, const char *ask) {
     vec sum[SUMS];
     UNROLL for (int v = 0; v < rows * vectors; v++) sum[v] = fresh ? splat(0) : loadf(sums + v * LANES);
     for (int e = 0; e < entries; e++) {
         const float *x = opaque(tile + (long)indices[e] * (vectors * LANES));
+        if (ask) prefetch(ask + e * CHUNK * (long)type_bytes(type));
         UNROLL for (int row = 0; row < rows; row++) {
             vec w = splat(load_one(values, (long)e * CHUNK + row, type));
             UNROLL for (int v = row * vectors; v < (row + 1) * vectors; v++) sum[v] += w * loadf(x + v * LANES);
@@ -88,18 +91,13 @@ INLINE double diag_density(const struct padst_image *image) {
     return (double)image->parameter[0] / (image->out_features > image->in_features ? image->out_features : image->in_features);
 }
 
-/* Ask for as many entries as the last chunk had here: what one chunk takes to compute, the next needs to come. */
-INLINE void diag_ask(const char *values, int entry, int entries, int type) {
-    const long bytes = CHUNK * (long)type_bytes(type);
-    for (long at = entry * bytes; at < (entry + entries) * bytes; at += 64) prefetch(values + at);
-}
-
 /* Sums of at most ROW_TILE outputs, panel by panel of inputs. */
 INLINE void diag_tile_group(const struct padst_image *image, const float *tile, float *sums, int from, int to, int type,
                             int vectors) {
     const char *values = section(image, image->values);
     const uint16_t *indices = section(image, image->indices);
     const int32_t *starts = section(image, image->starts);
+    const long bytes = CHUNK * (long)type_bytes(type);
     int width = vectors * LANES, rows = SUMS / vectors;
     int panel = panel_floats(diag_density(image)) / width - CHUNK, last = image->in_features + 2 * CHUNK;
     int32_t cursor[ROW_TILE / CHUNK];
@@ -110,11 +108,13 @@ INLINE void diag_tile_group(const struct padst_image *image, const float *tile, 
             while (end < starts[chunk + 1] && indices[end] < limit) end++;
             if (end == begin && !fresh) continue;
             cursor[chunk - from] = end;
-            if (chunk + 1 < to) diag_ask(values, cursor[chunk + 1 - from], end - begin, type);
-            for (int row = 0; row < CHUNK; row += rows)
-                diag_tile_rows(values + ((long)begin * CHUNK + row) * (long)type_bytes(type), indices + begin,
+            /* The first rows ask for the next chunk's entries: what this one takes to compute, they need to come. */
+            long line = chunk + 1 < to ? 0 : bytes;
+            for (int row = 0; row < CHUNK; row += rows, line += 64)
+                diag_tile_rows(values + begin * bytes + row * (long)type_bytes(type), indices + begin,
                                end - begin, tile + ((long)row - CHUNK) * width,
-                               sums + ((long)(chunk - from) * CHUNK + row) * width, type, rows, vectors, fresh);
+                               sums + ((long)(chunk - from) * CHUNK + row) * width, type, rows, vectors, fresh,
+                               line < bytes ? values + cursor[chunk + 1 - from] * bytes + line : NULL);
         }
 }
 
