@@ -228,7 +228,7 @@ class Recipe(Document):
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     block_size: Literal[16, 32, 64] = 16
-    block_rows: Literal["even", "free"] = "even"
+    block_rows: Literal["auto", "even", "free"] = "auto"
     nm: str | None = None
     band: int = Field(default=1, ge=1)
     allocation: str = "uniform"

@@ -30,7 +30,9 @@ def bench(
     ] = None,
     nm: Annotated[str | None, typer.Option("--nm", help="With --random-weights: N:M.")] = None,
     block_size: Annotated[int, typer.Option("--block-size", help="With --random-weights: 16, 32 or 64.")] = 16,
-    block_rows: Annotated[str, typer.Option("--block-rows", help="With --random-weights: even or free.")] = "even",
+    block_rows: Annotated[
+        str, typer.Option("--block-rows", help="With --random-weights: auto, even or free.")
+    ] = "auto",
     band: Annotated[int, typer.Option("--band", help="With --random-weights: diagonals in runs of this many.")] = 1,
     value_dtype: Annotated[
         str | None,

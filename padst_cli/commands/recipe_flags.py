@@ -43,7 +43,12 @@ FLAGS = (
     Flag("--max-seq-length", "training.max_seq_length", int, "Tokens of one training window."),
     Flag("--learning-rate", "training.learning_rate", float, "Peak learning rate of the weights; default: by task."),
     Flag("--block-size", "block_size", int, "Block edge: 16, 32 or 64."),
-    Flag("--block-rows", "block_rows", str, "even: equally many blocks in every block row; free: where the score is."),
+    Flag(
+        "--block-rows",
+        "block_rows",
+        str,
+        "even: equally many blocks in every block row; free: where the score is; auto: free from 8 block columns on.",
+    ),
     Flag("--nm", "nm", str, "N:M, for example 2:4; default: chosen by the sparsity."),
     Flag("--band", "band", int, "Diagonals come in aligned runs of this many (16 for GPUs)."),
     Flag("--permutation", "permutation.kind", str, "learned, assignment, random or none."),

@@ -30,13 +30,14 @@ class StructureOptions:
     """What a user may fix about a structure; None leaves the choice to it.
 
     `nm`: (N, M) overrides the choice by density. `block_size`: B. `band`: diagonals come in aligned runs of this many.
-    `block_rows`: "even" keeps equally many blocks (give or take one) in every block row, "free" lets score decide.
+    `block_rows`: "even" keeps equally many blocks (give or take one) in every block row, "free" lets score decide;
+    "auto" is free where the matrix has many columns of blocks.
     """
 
     nm: tuple[int, int] | None = None
     block_size: int = 16
     band: int = 1
-    block_rows: str = "even"
+    block_rows: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from padst_cli.structures.base import DoesNotFit, Structure, StructureOptions, T
 BLOCK_SIZES = (16, 32, 64)
 ROW_RULES = ("even", "free")
 
+FREE_FROM = 8
+"""Columns of blocks from which on "auto" lets score decide (BENCHMARKS.md, "Rows of blocks")."""
+
 
 @register
 @dataclass(frozen=True)
@@ -24,9 +27,8 @@ class Block(Structure):
     """`count` blocks of `block_size` x `block_size` on a grid of ceil(out / B) x ceil(in / B); edge blocks are padded.
 
     With `rows` "even" every block row has floor(count / block rows) blocks, some one more: a unit table of block rows x
-    block columns. With "free" they lie anywhere: one group of all blocks. A free choice by score leaves block rows
-    empty where there are few columns, and their outputs dead, hence "even" is the default; on a wider model it was the
-    better one (BENCHMARKS.md, "Rows of blocks").
+    block columns. With "free" they lie anywhere: one group of all blocks. A free choice by score is the better one, but
+    where there are few columns: there it leaves too many block rows empty, and their outputs dead.
 
     Packed as block-CSR (the vocabulary is that of stanford-futuredata/stk): `values [count, B, B]`, `row_offsets` int32
     `[block rows + 1]`, `col_indices` int32 `[count]`, ascending within a block row; padding is stored as 0.
@@ -46,12 +48,15 @@ class Block(Structure):
         larger than the matrix.
         """
         size = options.block_size
-        cls(out_features, in_features, size, 1, options.block_rows).check_parameters()
+        rows = options.block_rows
+        if rows == "auto":
+            rows = "free" if in_features >= FREE_FROM * size else "even"
+        cls(out_features, in_features, size, 1, rows).check_parameters()
         if min(out_features, in_features) < size:
             raise DoesNotFit(f"a {size} x {size} block is larger than the {out_features} x {in_features} matrix")
 
         def nonzeros(count: int) -> int:
-            return cls(out_features, in_features, size, count, options.block_rows).nonzeros
+            return cls(out_features, in_features, size, count, rows).nonzeros
 
         target = density * out_features * in_features
         block_rows, block_columns = -(-out_features // size), -(-in_features // size)
@@ -60,7 +65,7 @@ class Block(Structure):
         )
         if above > 1 and target - nonzeros(above - 1) < nonzeros(above) - target:
             above -= 1
-        return cls(out_features, in_features, size, above, options.block_rows)
+        return cls(out_features, in_features, size, above, rows)
 
     def at_density(self, density: float) -> Self:
         """With the blocks that `for_density` would choose, at least as many as here."""

@@ -127,3 +127,8 @@ def test_values_in_the_padding_are_refused(place):
 def test_bad_parameters_are_refused(size, count, rows):
     with pytest.raises(PadstError):
         Block.from_parameters(70, 100, {"block_size": size, "count": count, "rows": rows})
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(4, "even"), (7, "even"), (8, "free"), (48, "free")])
+def test_auto_is_free_where_there_are_many_columns(columns, rows):
+    assert Block.for_density(320, columns * 16, 0.1, StructureOptions()).rows == rows

@@ -175,8 +175,17 @@ static void rows_task(void *context, int64_t index) {
     call->kernel->rows(call->image, call->gathered, call->ldx, call->sums, call->ldy, (int)from, (int)to, call->width);
 }
 
+/* A thread more for so many bytes of weights and each token: with fewer, waking it takes longer than what it does. */
+#define BYTES_OF_THREAD (256L << 10)
+
+static int worth_waking(const struct call *call, int threads) {
+    long most = 1 + (long)call->image->bytes * call->tokens / BYTES_OF_THREAD;
+    return threads < most ? threads : (int)most;
+}
+
 static int run_rows(struct call *call, int threads) {
     const struct kernel *kernel = call->kernel;
+    threads = worth_waking(call, threads);
     /* Rows of a power of two bytes would all fall into the same cache sets. */
     call->ldx = round_up(call->image->in_features + 2 * kernel->margin, 16) + 16;
     call->ldy = round_up(call->image->out_features, kernel->unit) + 16;
