@@ -48,8 +48,8 @@ def space(tokens: int, size: int, dtype: torch.dtype, roomy: bool) -> tuple[Conf
 def _space(most: int, size: int, dtype: torch.dtype, roomy: bool) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, int, int], ...]
     if dtype is torch.float32:
-        tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2))
-    elif size == 64 and not roomy:
+        tiles = ((64, 4, 2), (32, 4, 2), (128, 8, 2)) if roomy else ((32, 4, 2), (16, 4, 2))
+    elif size > 16 and not roomy:
         tiles = ((64, 8, 3), (64, 8, 2), (32, 4, 3))
     elif most == 64:
         tiles = ((64, 4, 3), (32, 4, 3), (16, 2, 4))

@@ -29,7 +29,7 @@ def space(tokens: int, dtype: torch.dtype) -> tuple[Config, ...]:
 def _space(most: int, dtype: torch.dtype) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, ...], ...]
     if dtype is torch.float32:
-        tiles = ((64, 64, 16, 8, 2), (64, 32, 32, 4, 2), (32, 64, 16, 4, 2))
+        tiles = ((32, 64, 16, 4, 2), (32, 32, 16, 4, 2))
     elif most == 16:
         tiles = ((16, 16, 128, 4, 2), (16, 32, 64, 8, 2), (16, 16, 64, 2, 2))
     elif most == 64:
