@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_forward_equals_float64(make_case, isa, family, shape):
             x = torch.randn(tokens, in_features)
             bias = torch.randn(out_features) if tokens % 3 else None
             close(poisoned_call(kernel, x, bias), case.weight, x, bias)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("sides", ["i", "io"])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_few_tokens_on_several_threads(make_case, structure, sides):
+    """A layer large enough that a second and third thread are woken for one token."""
+    case = make_case(structure, 700, 650, 0.4, sides)
+    kernel = NativeKernel(case.layout)
+    assert len(kernel.image) > 2 * (256 << 10)
+    for threads, tokens in product((2, 3), (1, 2, 3, 4, 7)):
+        torch.set_num_threads(threads)
+        x, bias = torch.randn(tokens, 650), torch.randn(700)
+        close(poisoned_call(kernel, x, bias), case.weight, x, bias)
 
 
 @pytest.mark.usefixtures("isa")
