@@ -12,7 +12,7 @@ from padst_cli.training.memory import kept_memory
 
 glibc = pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
 
-PROGRAM = """
+PROGRAM = '''
 import json
 import resource
 
@@ -39,28 +39,38 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def faults_again():
+    """Of a block of a GiB, more than all that was freed before, when it is asked for a second time."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = torch.empty(1 << 28).fill_(1.0)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 told = {"outside": faults()}
 with kept_memory(torch.device("cpu")):
     told |= {"inside": faults(), "resident inside": resident()}
-told |= {"resident": resident(), "afterwards": faults()}
+told |= {"resident": resident(), "again": faults_again()}
 try:
     with kept_memory(torch.device("cpu")):
         raise ZeroDivisionError
 except ZeroDivisionError:
-    told["after an error"] = faults()
+    told["again after an error"] = faults_again()
 print(json.dumps(told))
-"""
-"""Page faults of three steps and resident bytes, in a process of its own: a malloc that failed, as other tests provoke
-it, moves a thread to an arena that never keeps so large a block."""
+'''
+"""Page faults of three steps and of one large block, and resident bytes, in a process of its own: a malloc that failed,
+as other tests provoke it, moves a thread to an arena that never keeps so large a block."""
 
 
 @glibc
 def test_what_is_freed_inside_serves_again_and_goes_back_at_the_end():
     command = [sys.executable, "-c", PROGRAM]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert told["inside"] < told["outside"] / 10
+    assert told["inside"] < told["outside"] / 4  # now and then a block finds no room and takes new pages
     assert told["resident"] < told["resident inside"] - (32 << 20)
-    assert min(told["afterwards"], told["after an error"]) > told["outside"] / 10
+    # A GiB is 512 pages at least, where the system gives out huge ones.
+    assert min(told["again"], told["again after an error"]) > 100
 
 
 def test_nothing_is_asked_of_the_allocator_elsewhere(monkeypatch):
