@@ -26,8 +26,8 @@ x = torch.randn(4096, 64)  # hidden activations of 64 MiB: more than glibc ever 
 
 
 def faults():
-    for step in range(9):
-        if step == 6:
+    for step in range(15):
+        if step == 12:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         model(x).square().mean().backward()
         model.zero_grad()
@@ -67,7 +67,7 @@ as other tests provoke it, moves a thread to an arena that never keeps so large 
 def test_what_is_freed_inside_serves_again_and_goes_back_at_the_end():
     command = [sys.executable, "-c", PROGRAM]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert told["inside"] < told["outside"] / 4  # now and then a block finds no room and takes new pages
+    assert told["inside"] < told["outside"] / 10
     assert told["resident"] < told["resident inside"] - (32 << 20)
     # A GiB is 512 pages at least, where the system gives out huge ones.
     assert min(told["again"], told["again after an error"]) > 100
