@@ -160,8 +160,11 @@ class TrainingRecipe(Strict):
     dense teacher's logits (and matches hidden states where the model has no head). `eval_every` 0 evaluates at the end
     only. `learning_rate` None is filled in from `LEARNING_RATES` once the task is known.
 
-    `distill_attention` weighs a further term, added to the rest: the squared distance of the student's attention maps
-    from the teacher's (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused kernel.
+    `distill_hidden` weighs a further term, added to the rest: the relative squared distance of the student's hidden
+    states from the teacher's, mean over layers and positions (after SquareHead, Kurtic et al., 2023, arXiv 2310.06927);
+    a model without a head is trained by that distance alone. `distill_attention` weighs another: the squared distance
+    of their attention maps (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused
+    kernel.
 
     `average` is the share of the steps, the last ones, whose weights are averaged into the result; 0 takes those of the
     last step. Supports and permutations must have come to rest by then.
@@ -178,6 +181,7 @@ class TrainingRecipe(Strict):
     distill: bool = True
     distill_weight: float = Field(default=0.5, ge=0.0, le=1.0)
     distill_temperature: float = Field(default=1.0, gt=0.0)
+    distill_hidden: float = Field(default=0.0, ge=0.0)
     distill_attention: float = Field(default=0.0, ge=0.0)
     average: float = Field(default=0.0, ge=0.0, lt=1.0)
     log_every: int = Field(default=10, ge=1)
@@ -188,8 +192,9 @@ class TrainingRecipe(Strict):
     def _divides(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
-        if self.distill_attention and not self.distill:
-            raise ValueError("distill_attention compares with the dense model: it needs distill")
+        for term in ("distill_hidden", "distill_attention"):
+            if getattr(self, term) and not self.distill:
+                raise ValueError(f"{term} compares with the dense model: it needs distill")
         return self
 
 

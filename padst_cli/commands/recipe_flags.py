@@ -98,6 +98,12 @@ FLAGS = (
     Flag("--start", "calibration.start", str, "saliency (padst's own), or one shot by magnitude, wanda or sparsegpt."),
     Flag("--distill/--no-distill", "training.distill", bool, "Train against the dense model's outputs too."),
     Flag(
+        "--distill-hidden",
+        "training.distill_hidden",
+        float,
+        "Weight of the distance from the dense model's hidden states; 0: none.",
+    ),
+    Flag(
         "--distill-attention",
         "training.distill_attention",
         float,

@@ -53,8 +53,8 @@ class Objective(ABC):
     def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one (part of a) batch and its terms; a batch may bring `TEACHER_LOGITS` along."""
         inputs = self._inputs(batch)
-        attentive = self._attentive(student)
-        output = student(**inputs, **attentive)
+        asked = self._asked(student)
+        output = student(**inputs, **asked)
         task = self.task_loss(output, batch)
         terms: dict[str, Tensor] = {}
         if task is not None:
@@ -63,10 +63,13 @@ class Objective(ABC):
             terms["distill"] = self.distill_loss(output, SimpleNamespace(logits=batch[TEACHER_LOGITS]))
         elif self.teacher is not None:
             with torch.no_grad():
-                target = self.teacher(**inputs, **attentive)
+                target = self.teacher(**inputs, **asked)
             terms["distill"] = self.distill_loss(output, target)
         loss = self._mix(terms)
-        if attentive:
+        if "output_hidden_states" in asked:
+            terms["hidden"] = hidden_distance(output, target)
+            loss = loss + self.recipe.distill_hidden * terms["hidden"]
+        if "output_attentions" in asked:
             terms["attention"] = attention_distance(output, target)
             loss = loss + self.recipe.distill_attention * terms["attention"]
         return loss, {key: value.detach() for key, value in terms.items()}
@@ -74,7 +77,8 @@ class Objective(ABC):
     @property
     def answers_alike(self) -> bool:
         """Whether the teacher's part in the loss is the same whenever an item comes, and is its logits alone."""
-        return self.asks_logits and self.teacher is not None and not self.recipe.distill_attention
+        inside = self.recipe.distill_hidden or self.recipe.distill_attention
+        return self.asks_logits and self.teacher is not None and not inside
 
     @torch.no_grad()
     def ask(self, batch: Batch) -> Tensor:
@@ -86,6 +90,11 @@ class Objective(ABC):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What both models are called with."""
         return {**{key: value for key, value in batch.items() if key not in _NO_INPUTS}, **self.flags}
+
+    def _asked(self, student: nn.Module) -> dict[str, bool]:
+        """What both models are called with to hand out hidden states and attention maps, as far as these count."""
+        hidden = self.teacher is not None and bool(self.recipe.distill_hidden)
+        return {**({"output_hidden_states": True} if hidden else {}), **self._attentive(student)}
 
     def _attentive(self, student: nn.Module) -> dict[str, bool]:
         """What both models are called with to hand out attention maps, nothing where these do not count.
@@ -201,9 +210,7 @@ class Encoder(Objective):
         with torch.no_grad():
             target = self.teacher(**inputs, output_hidden_states=True, **attentive)
         last = relative_error(output.last_hidden_state, target.last_hidden_state)
-        # The first hidden state is the embedding, before any sparse layer.
-        pairs = zip(output.hidden_states[1:], target.hidden_states[1:], strict=True)
-        layers = torch.stack([relative_error(ours, theirs) for ours, theirs in pairs]).mean()
+        layers = hidden_distance(output, target)
         loss, terms = 0.5 * (last + layers), {"last_hidden": last.detach(), "hidden": layers.detach()}
         if attentive:
             attention = attention_distance(output, target)
@@ -225,6 +232,18 @@ def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     ours, theirs = _full(ours), _full(theirs)
     difference = (ours - theirs).square().sum(-1)
     return (difference / theirs.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def hidden_distance(output: Any, target: Any) -> Tensor:
+    """Mean of `relative_error` over the layers' hidden states `[batch, positions, hidden]`, a scalar.
+
+    Raises `PadstError` where a model hands out none.
+    """
+    # The first hidden state is the embedding, before any sparse layer.
+    ours, theirs = ((getattr(one, "hidden_states", None) or ())[1:] for one in (output, target))
+    if not ours or any(state is None for state in (*ours, *theirs)):
+        raise PadstError("this model hands out no hidden states; leave training.distill_hidden out")
+    return torch.stack([relative_error(*pair) for pair in zip(ours, theirs, strict=True)]).mean()
 
 
 def attention_distance(output: Any, target: Any) -> Tensor:

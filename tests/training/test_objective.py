@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from padst_cli.errors import PadstError
 from padst_cli.recipe import TrainingRecipe
-from padst_cli.training.objective import IGNORED, MaskedLM, attention_distance, build_objective, relative_error
+from padst_cli.training.objective import (
+    IGNORED,
+    MaskedLM,
+    attention_distance,
+    build_objective,
+    hidden_distance,
+    relative_error,
+)
 from tests import models
 
 
@@ -138,6 +145,31 @@ def test_attention_maps_are_compared_where_they_count(bench, ids, task):
     assert "attention" not in without
     loss.backward()
     assert set(build_objective(task, recipe, teacher)(teacher, {"input_ids": ids})[1]) == set(terms)
+
+
+def test_hidden_states_are_compared_where_they_count(bench, ids):
+    teacher, student = bench.teacher(), bench.teacher()
+    with torch.no_grad():
+        models.blur(student, 0.1, "weight")
+    plain, without = build_objective("causal-lm", TrainingRecipe(), teacher)(student, {"input_ids": ids})
+    objective = build_objective("causal-lm", TrainingRecipe(distill_hidden=3.0), teacher)
+    loss, terms = objective(student, {"input_ids": ids})
+    states = [model(ids, output_hidden_states=True).hidden_states[1:] for model in (student, teacher)]
+    expected = sum(((a - b) ** 2).sum(-1).div((b**2).sum(-1)).mean() for a, b in zip(*states, strict=True))
+    expected = expected / len(states[0])
+    assert expected > 1e-4
+    torch.testing.assert_close(terms["hidden"], expected)
+    torch.testing.assert_close(loss, plain + 3.0 * expected)
+    assert "hidden" not in without
+    loss.backward()
+    assert objective(teacher, {"input_ids": ids})[1]["hidden"].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_hidden_states_that_are_not_there_are_missed():
+    with pytest.raises(PadstError, match=r"leave training\.distill_hidden out"):
+        hidden_distance(object(), object())
+    with pytest.raises(ValueError, match="distill_hidden compares with the dense model: it needs distill"):
+        TrainingRecipe(distill=False, distill_hidden=1.0)
 
 
 def test_attention_maps_that_are_not_there_are_missed():

@@ -61,8 +61,9 @@ def test_what_changes_from_visit_to_visit_is_not_remembered(bench):
     assert worth_remembering(build_objective("causal-lm", often, teacher), 200, often)
     assert not worth_remembering(build_objective("causal-lm", often, teacher), 201, often)
     assert not worth_remembering(build_objective("causal-lm", seldom, teacher), 200, seldom)
-    maps = often.model_copy(update={"distill_attention": 1.0})
-    assert not worth_remembering(build_objective("causal-lm", maps, teacher), 4, maps)
+    for term in ("distill_attention", "distill_hidden"):
+        inside = often.model_copy(update={term: 1.0})
+        assert not worth_remembering(build_objective("causal-lm", inside, teacher), 4, inside)
     alone = often.model_copy(update={"distill": False})
     assert not worth_remembering(build_objective("causal-lm", alone, teacher), 4, alone)
     masked = build_objective("masked-lm", often, teacher, mask_id=3, vocabulary=20)
