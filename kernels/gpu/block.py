@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from . import permute, tuning
 from .common import Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
 from .operator import define
 
@@ -233,10 +233,6 @@ class _Block:
     NAME = "block"
 
     @staticmethod
-    def reads(values: Tensor) -> int:
-        return values.numel() // FEW
-
-    @staticmethod
     def launch(
         x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
         store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
@@ -244,6 +240,7 @@ class _Block:
         row_offsets, col_indices, column_offsets, row_indices, order = index
         in_features, out_features, (size,) = x.shape[-1], y.shape[-1], parameters
         tokens = x.numel() // in_features
+        x, perm_in = permute.ahead(x, perm_in, tokens * values.numel() // FEW)
         name = "block transposed" if transposed else "block"
         cut = tuning.tuned(name, space(tokens, size, x.dtype), tokens, x, values, out_features)
         kernel, tiles = (few_kernel, 1) if tokens <= FEW else (block_kernel, triton.cdiv(tokens, cut.TILE))

@@ -91,6 +91,20 @@ def permuted(column, live, perm_in, PERM_IN: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
+def gathered(  # type: ignore[no-untyped-def]
+    x, source, live, tile, tokens, in_features, TILE: tl.constexpr, MINOR: tl.constexpr
+):
+    """x[t, source] `[., ., TILE]` of a tile of tokens, `source` `[., .]`; MINOR: x as `permute.side_by_side` has it."""
+    if MINOR:
+        place = source[:, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
+        return tl.load(x + tile.to(tl.int64) * TILE * in_features + place, mask=live[:, :, None], other=0)
+    else:
+        token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+        place = source[:, :, None] + token[None, None, :] * in_features
+        return tl.load(x + place, mask=live[:, :, None] & (token < tokens)[None, None, :], other=0)
+
+
+@triton.jit
 def activated(value, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """f(value), float32; v (1 + tanh(u)) / 2 is v sigmoid(2 u)."""
     if ACTIVATION == "gelu":

@@ -5,9 +5,13 @@ out < in: y[t, r] = sum over k: values[k, r] x[t, perm_in[(r + o_k) mod in]]
 
 Each form is the other one's transpose, with the same offsets and values. A program computes neighbouring rows
 for a tile of tokens: along a diagonal these are neighbouring values, so every value is read once a tile, coalesced, and
-used for all its tokens. `STEP` diagonals are summed side by side and added up at the end. Where out > in only some
-diagonals meet a range of rows; as offsets ascend these follow on each other (from the last on to the first), and
-`spans` says where they begin and end.
+used for all its tokens. `SPLIT` diagonals are summed side by side, one or more a warp, and added up at the end; `STEP`
+are under way at once. Where out > in only some diagonals meet a range of rows; as offsets ascend these follow on each
+other, and `spans` says where they begin and end.
+
+One token where out >= in: a row's values begin at any address, but what is multiplied has the same index i on both
+sides. So each of eight classes of diagonals, by o_k mod 8, has sums of its own, which begin at the row that makes
+i a multiple of 8: values and inputs are read 16 bytes at a time, and the classes' sums are shifted only when added up.
 
 The gradient: dvalues[k, i] = sum over t: dy[t, r] x[t, c] with (r, c) the place of entry i on diagonal k.
 """
@@ -21,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import bands, tuning
-from .common import MANY, Config, epilogue, launcher, limit_of, permuted, write
+from . import bands, permute, tuning
+from .common import MANY, Config, epilogue, gathered, launcher, limit_of, permuted, write
 from .operator import define
 
 ROWS = bands.ROWS_OF_SPAN
@@ -31,20 +35,51 @@ ROWS = bands.ROWS_OF_SPAN
 FEW = 16
 """Tokens up to which bands, too, run on CUDA cores."""
 
+CLASSES = 8
+"""Neighbouring values that are read at once, 16 bytes of 16-bit ones, and so classes of diagonals."""
 
-def space(tokens: int) -> tuple[Config, ...]:
-    """How a product may be cut, the default first: rows, diagonals side by side, warps."""
-    return _space(limit_of(tokens, 1, 4))
+_PADDED = 32
+"""What the number of diagonals of a class is a multiple of, so that every `STEP` of `one_space` divides it."""
+
+
+def space(tokens: int, out_features: int) -> tuple[Config, ...]:
+    """How a product may be cut, the default first: rows, diagonals under way, those side by side, warps."""
+    return _space(limit_of(tokens, 1, 2, 4, 8), rows_for(out_features, 16))
+
+
+def rows_for(out_features: int, least: int) -> int:
+    """Rows of a program, of which a large GPU should have 96 or more."""
+    return next((rows for rows in (64, 32) if rows > least and out_features >= 96 * rows), least)
 
 
 @functools.cache
-def _space(most: int) -> tuple[Config, ...]:
-    cuts: tuple[tuple[int, int, int], ...] = ((64, 4, 4), (64, 2, 4), (64, 8, 8), (64, 4, 8))
-    if most != MANY:
-        cuts = ((16, 64, 4), (32, 64, 8), (64, 16, 4), (64, 32, 8), (16, 32, 2))
-    return tuple(
-        Config(TILE=most or 16, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts
+def _space(most: int, rows: int) -> tuple[Config, ...]:
+    half = max(rows // 2, 16)
+    cuts: tuple[tuple[int, int, int, int], ...] = (
+        (half, 16, 8, 8),
+        (rows, 16, 8, 8),
+        (rows, 4, 4, 4),
+        (half, 8, 4, 4),
     )
+    if most == 1:
+        cuts = (rows, 64, 32, 8), (rows, 64, 8, 8), (half, 128, 32, 8), (rows, 32, 8, 4)
+    elif most != MANY and most <= 4:
+        cuts = (rows, 32, 8, 8), (half, 32, 8, 8), (half, 64, 16, 8), (rows, 16, 4, 4)
+    return tuple(
+        Config(TILE=most or 16, ROWS=each, STEP=step, SPLIT=split, num_warps=warps, num_stages=2)
+        for each, step, split, warps in dict.fromkeys(cuts)
+    )
+
+
+def one_space(out_features: int) -> tuple[Config, ...]:
+    """How a product with one token may be cut by classes, the default first: rows, diagonals of a class at a time."""
+    return _one_space(rows_for(out_features, 32))
+
+
+@functools.cache
+def _one_space(rows: int) -> tuple[Config, ...]:
+    cuts = ((rows, 16), (rows, 8), (rows, 32), (2 * rows, 8))
+    return tuple(Config(ROWS=rows, STEP=step, num_warps=8, num_stages=2) for rows, step in cuts)
 
 
 @functools.cache
@@ -57,59 +92,112 @@ def gradient_space() -> tuple[Config, ...]:
 def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """Of every `ROWS` rows the number of the first diagonal that meets them and of that behind the last.
 
-    For out >= in; where it is less, those of the transpose. Numbers go on past K where the diagonals start over. int32
-    `[ceil(max(out, in) / ROWS), 2]`; offsets int32 `[K]` ascending.
+    For out >= in; where it is less, those of the transpose. Diagonals are counted twice over, K + k being the part of
+    diagonal k from its own row on and k the part that has come around to row 0. int32 `[ceil(max(out, in) / ROWS), 2]`;
+    offsets int32 `[K]` ascending.
     """
     count, rows, length = len(offsets), max(out_features, in_features), min(out_features, in_features)
     first_row = torch.arange(0, rows, ROWS, device=offsets.device)
     # Row r meets offset o where r - in < o <= r, counted modulo out; one turn more keeps that above zero.
-    turns = torch.cat([offsets.long() + turn * rows for turn in range(3)])
+    turns = torch.cat([offsets.long(), offsets.long() + rows])
     begin = torch.searchsorted(turns, first_row + rows - length, right=True)
     end = torch.searchsorted(turns, first_row + rows + ROWS - 1, right=True)
-    return torch.stack([begin, torch.minimum(end, begin + count)], dim=1).to(torch.int32)
+    return torch.stack([begin, end.clamp(max=2 * count)], dim=1).to(torch.int32)
+
+
+def classes_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The diagonals by class: their numbers and their offsets, int32 `[2, CLASSES, longest class]`.
+
+    Short classes are filled up with an offset that meets no row. offsets int32 `[K]`.
+    """
+    nowhere = 2 * max(out_features, in_features)
+    members = [torch.nonzero(offsets % CLASSES == each).flatten() for each in range(CLASSES)]
+    longest = max(len(each) for each in members)
+    longest = -(-longest // _PADDED) * _PADDED
+    table = torch.zeros((2, CLASSES, longest), dtype=torch.int32, device=offsets.device)
+    table[1] = nowhere
+    for each, numbers in enumerate(members):
+        table[0, each, : len(numbers)] = numbers.to(torch.int32)
+        table[1, each, : len(numbers)] = offsets[numbers]
+    return table
 
 
 @triton.jit
 def diag_kernel(  # type: ignore[no-untyped-def]
     x, values, offsets, spans, perm_in, store, bias, y, tokens, out_features, in_features, diagonals,
-    TALL: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    TALL: tl.constexpr, SPAN: tl.constexpr, MINOR: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, SPLIT: tl.constexpr,
     PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile; programs of one tile of tokens are neighbours, so that its inputs stay in the cache."""
     parts = tl.cdiv(out_features, ROWS)
     part = tl.program_id(0) % parts
-    token = (tl.program_id(0) // parts).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.program_id(0) // parts
     row = part * ROWS + tl.arange(0, ROWS)
+    along = row
+    if TILE > 1:
+        # Tokens are what lies side by side then; 16 bytes of values a thread would have to change hands.
+        along = tl.max_contiguous(row, 1)
     begin = 0
     end = diagonals
     if TALL:
         begin = tl.load(spans + part * ROWS // SPAN * 2)
         end = tl.load(spans + part * ROWS // SPAN * 2 + 1)
-    partial = tl.zeros((TILE, STEP, ROWS), dtype=tl.float32)
+    partial = tl.zeros((SPLIT, ROWS, TILE), dtype=tl.float32)
     for start in range(begin, end, STEP):
-        number = start + tl.arange(0, STEP)
-        live = (number < end)[:, None] & (row < out_features)[None, :]
-        number = number % diagonals
-        offset = tl.load(offsets + number)
-        if TALL:
-            entry = row[None, :] - offset[:, None]
-            entry = tl.where(entry < 0, entry + out_features, entry)
-            live = live & (entry < in_features)
-            column = entry
-            place = number.to(tl.int64)[:, None] * in_features + entry
-        else:
-            column = row[None, :] + offset[:, None]
-            column = tl.where(column >= in_features, column - in_features, column)
-            place = number.to(tl.int64)[:, None] * out_features + row[None, :]
-        weight = tl.load(values + place, mask=live, other=0).to(x.dtype.element_ty).to(tl.float32)
-        source = permuted(column, live, perm_in, PERM_IN)
-        inputs = tl.load(
-            x + token[:, None, None] * in_features + source[None, :, :],
-            mask=(token < tokens)[:, None, None] & live[None, :, :],
-            other=0,
-        )
-        partial += inputs.to(tl.float32) * weight[None, :, :]
-    write(tl.sum(partial, axis=1), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
+        for turn in tl.static_range(0, STEP, SPLIT):
+            number = start + turn + tl.arange(0, SPLIT)
+            here = number < end
+            if TALL:
+                around = number < diagonals
+                number = tl.where(around, number, number - diagonals)
+                offset = tl.load(offsets + number, mask=here, other=2 * out_features)
+                column = row[None, :] + (tl.where(around, out_features, 0) - offset)[:, None]
+                live = column.to(tl.uint32, bitcast=True) < in_features  # and so not negative
+                place = number.to(tl.int64)[:, None] * in_features + column
+            else:
+                column = row[None, :] + tl.load(offsets + number, mask=here, other=0)[:, None]
+                column = tl.where(column >= in_features, column - in_features, column)
+                live = here[:, None] & (row < out_features)[None, :]
+                place = number.to(tl.int64)[:, None] * out_features + along[None, :]
+            weight = tl.load(values + place, mask=live, other=0).to(x.dtype.element_ty).to(tl.float32)
+            source = permuted(column, live, perm_in, PERM_IN)
+            inputs = gathered(x, source, live, tile, tokens, in_features, TILE, MINOR)
+            partial += inputs.to(tl.float32) * weight[:, :, None]
+    token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+    write(tl.trans(tl.sum(partial, axis=0)), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
+
+
+@triton.jit
+def one_kernel(  # type: ignore[no-untyped-def]
+    x, values, classes, store, bias, y, out_features, in_features, longest,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """`ROWS - CLASSES` rows of the one token, out >= in, both multiples of `CLASSES`.
+
+    The sums of class c begin at row first + c - CLASSES, whatever multiple of `CLASSES` its offsets are past c.
+    """
+    first = tl.program_id(0) * (ROWS - CLASSES)
+    kind = tl.arange(0, CLASSES)
+    inner = tl.arange(0, ROWS)
+    sums = tl.zeros((CLASSES, STEP, ROWS), dtype=tl.float32)
+    for start in range(0, longest, STEP):
+        at = classes + kind[:, None] * longest + (start + tl.arange(0, STEP))[None, :]
+        number = tl.load(at)
+        offset = tl.load(at + CLASSES * longest)
+        column = (first - CLASSES + kind[:, None] - offset)[:, :, None] + inner[None, None, :]
+        column = tl.where(column < 0, column + out_features, column)
+        column = tl.multiple_of(tl.max_contiguous(column, [1, 1, CLASSES]), [1, 1, CLASSES])
+        live = (column >= 0) & (column < in_features)
+        place = number.to(tl.int64)[:, :, None] * in_features + column
+        weight = tl.load(values + place, mask=live, other=0).to(x.dtype.element_ty)
+        inputs = tl.load(x + column, mask=live, other=0)
+        sums += inputs.to(tl.float32) * weight.to(tl.float32)
+    behind = tl.minimum(inner[None, :] + CLASSES - kind[:, None], ROWS - 1)
+    total = tl.sum(tl.gather(tl.sum(sums, axis=1), behind, 1), axis=0)[None, :]
+    row = tl.where(inner < ROWS - CLASSES, first + inner, out_features)
+    write(total, tl.arange(0, 1).to(tl.int64), row, bias, store, y, 1, out_features, BIAS, STORE, ACTIVATION)
 
 
 @triton.jit
@@ -142,31 +230,37 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 class _Diag:
-    """`index` is offsets and spans, the one parameter the length of the runs that offsets come in."""
+    """`index` is offsets, spans and classes, the one parameter the length of the runs that offsets come in."""
 
     NAME = "diag"
-
-    @staticmethod
-    def reads(values: Tensor) -> int:
-        return values.numel()
 
     @staticmethod
     def launch(
         x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
         store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
     ) -> None:  # fmt: skip
+        offsets, spans, classes = index
         in_features, out_features = x.shape[-1], y.shape[-1]
         tokens, size = x.numel() // in_features, bands.side(parameters[0], x.dtype)
         tall = in_features < out_features if transposed else in_features <= out_features
+        reads = tokens * values.numel()
+        if tokens == 1 or (size and tokens > FEW):
+            x, perm_in = permute.ahead(x, perm_in, reads)
         if size and tokens > FEW:
-            bands.launch(x, bias, values, index, perm_in, store, y, size, tall, activation)
+            bands.launch(x, bias, values, [offsets, spans], perm_in, store, y, size, tall, activation)
             return
-        cut = tuning.tuned("diag", space(tokens), tokens, x, values, out_features)
+        even = in_features % CLASSES == 0 and out_features % CLASSES == 0
+        if tokens == 1 and tall and even and perm_in is None:
+            _launch_one(x, bias, values, classes, store, y, activation)
+            return
+        cut = tuning.tuned("diag", space(tokens, out_features), tokens, x, values, out_features)
+        minor = tokens > 1 and permute.pays(reads)
+        if minor:
+            x, perm_in = permute.side_by_side(x, perm_in, cut.TILE), None
         launcher(diag_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
-            x=x, values=values, offsets=index[0], spans=index[1], y=y,
-            tokens=tokens, out_features=out_features, in_features=in_features, diagonals=len(index[0]), TALL=tall,
-            SPAN=ROWS,
-            **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
+            x=x, values=values, offsets=offsets, spans=spans, y=y, tokens=tokens, out_features=out_features,
+            in_features=in_features, diagonals=len(offsets), TALL=tall, SPAN=ROWS,
+            MINOR=minor, **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
         )  # fmt: skip
 
     @staticmethod
@@ -184,6 +278,19 @@ class _Diag:
             long_features=far.shape[-1], short_features=near.shape[-1], diagonals=len(index[0]), **cut.keywords(),
         )  # fmt: skip
         return found
+
+
+def _launch_one(
+    x: Tensor, bias: Tensor | None, values: Tensor, classes: Tensor, store: Tensor | None, y: Tensor, activation: str
+) -> None:
+    in_features, out_features = x.shape[-1], y.shape[-1]
+    cut = tuning.tuned("diag one token", one_space(out_features), 1, x, values, out_features)
+    ending = epilogue(bias, None, store, x, activation)
+    del ending["perm_in"], ending["PERM_IN"]
+    launcher(one_kernel, x)[(triton.cdiv(out_features, cut.ROWS - CLASSES),)](
+        x=x, values=values, classes=classes, y=y, out_features=out_features, in_features=in_features,
+        longest=classes.shape[-1], CLASSES=CLASSES, **ending, **cut.keywords(),
+    )  # fmt: skip
 
 
 diag_linear, diag_gradient = define(_Diag)

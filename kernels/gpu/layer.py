@@ -13,7 +13,7 @@ from ..layout import Layout
 from . import rules
 from .block import block_gradient, block_linear, transposed_index
 from .common import ACTIVATIONS
-from .diag import diag_gradient, diag_linear, spans_of
+from .diag import classes_of, diag_gradient, diag_linear, spans_of
 from .nm import nm_gradient, nm_linear
 from .permute import inverse
 
@@ -39,7 +39,8 @@ class TritonKernel:
     """y = (S x[..., perm_in])[..., perm_out] + b; math in float32, x and y float32, bfloat16 or float16.
 
     Runs from the packed tensors as they are; beside them it holds the inverse of the output permutation and, for
-    diagonals, two numbers for every 64 of the longer side, for blocks, two for each and one for a block column.
+    diagonals, two numbers for every 64 of the longer side and two for each diagonal with those that fill their classes
+    up, for blocks, two for each and one for a block column.
     Gradients reach x and the bias. `epilogues` are the activations that a call can end in.
     """
 
@@ -83,7 +84,8 @@ def operands_of(
         made = transposed_index(offsets, columns, -(-in_features // size))
         return Operands(packed["values"], [offsets, columns, *made], [size]), made
     if structure == "diag":
-        made = [spans_of(packed["offsets"], out_features, in_features)]
+        sizes = packed["offsets"], out_features, in_features
+        made = [spans_of(*sizes), classes_of(*sizes)]
         band = int(parameters["band"])
         return Operands(packed["values"], [packed["offsets"], *made], [band]), made
     return Operands(packed["values"], [packed["indices"]], [int(parameters["m"])]), []

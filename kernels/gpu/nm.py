@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import nm_tiles, tuning
-from .common import Config, epilogue, launcher, limit_of, permuted, write
+from . import nm_tiles, permute, tuning
+from .common import Config, epilogue, gathered, launcher, limit_of, permuted, write
 from .operator import define
 
 FEW = 16
@@ -55,17 +55,18 @@ def group_of(values: Tensor, parameters: list[int]) -> dict[str, int]:
 @triton.jit
 def nm_kernel(  # type: ignore[no-untyped-def]
     x, values, indices, perm_in, store, bias, y, tokens, out_features, in_features, slots, index_bytes,
-    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, MINOR: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     PERM_IN: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile; programs of one tile of tokens are neighbours, so that its inputs stay in the cache."""
     parts = tl.cdiv(out_features, ROWS)
     part = tl.program_id(0) % parts
-    token = (tl.program_id(0) // parts).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.program_id(0) // parts
     row = part * ROWS + tl.arange(0, ROWS)
     values_of_row = row.to(tl.int64)[:, None] * slots
     indices_of_row = row.to(tl.int64)[:, None] * index_bytes
-    partial = tl.zeros((TILE, ROWS, STEP), dtype=tl.float32)
+    partial = tl.zeros((ROWS, STEP, TILE), dtype=tl.float32)
     for start in range(0, slots, STEP):
         slot = start + tl.arange(0, STEP)
         live = (row < out_features)[:, None] & (slot < slots)[None, :]
@@ -74,23 +75,16 @@ def nm_kernel(  # type: ignore[no-untyped-def]
         packed = tl.load(indices + indices_of_row + (slot * BITS // 8)[None, :], mask=live, other=0).to(tl.int32)
         index = (packed >> (slot * BITS % 8)[None, :]) & ((1 << BITS) - 1)
         source = permuted((slot // N * M)[None, :] + index, live, perm_in, PERM_IN)
-        inputs = tl.load(
-            x + token[:, None, None] * in_features + source[None, :, :],
-            mask=(token < tokens)[:, None, None] & live[None, :, :],
-            other=0,
-        )
-        partial += inputs.to(tl.float32) * weight[None, :, :]
-    write(tl.sum(partial, axis=2), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
+        inputs = gathered(x, source, live, tile, tokens, in_features, TILE, MINOR)
+        partial += inputs.to(tl.float32) * weight[:, :, None]
+    token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+    write(tl.trans(tl.sum(partial, axis=1)), token, row, bias, store, y, tokens, out_features, BIAS, STORE, ACTIVATION)
 
 
 class _NM:
     """`index` is the packed indices, uint8 `[out, bytes]`; values `[out, G, N]`; the one parameter is M."""
 
     NAME = "nm"
-
-    @staticmethod
-    def reads(values: Tensor) -> int:
-        return values.numel()
 
     @staticmethod
     def launch(
@@ -100,14 +94,20 @@ class _NM:
         (indices,), group = index, group_of(values, parameters)
         in_features, out_features = x.shape[-1], y.shape[-1]
         tokens = x.numel() // in_features
+        reads = tokens * values.numel()
+        if transposed or tokens == 1 or tokens > FEW:
+            x, perm_in = permute.ahead(x, perm_in, reads)
         if transposed or tokens > FEW:
             nm_tiles.launch(x, bias, values, indices, perm_in, store, y, group, transposed, activation)
             return
         cut = tuning.tuned("nm", space(tokens), tokens, x, values, out_features)
+        minor = tokens > 1 and permute.pays(reads)
+        if minor:
+            x, perm_in = permute.side_by_side(x, perm_in, cut.TILE), None
         launcher(nm_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
             x=x, values=values, indices=indices, y=y,
             tokens=tokens, out_features=out_features, in_features=in_features,
-            slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], **group,
+            MINOR=minor, slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], **group,
             **epilogue(bias, perm_in, store, x, activation), **cut.keywords(),
         )  # fmt: skip
 

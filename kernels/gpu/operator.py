@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, triton_op
 
 from .common import direct
-from .permute import WORTH, inverse, kept_inverse, permute
+from .permute import inverse, kept_inverse, pays, permute
 
 
 class Family(Protocol):
@@ -31,11 +31,7 @@ class Family(Protocol):
         x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
         store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
     ) -> None:  # fmt: skip
-        """Write y."""
-
-    @staticmethod
-    def reads(values: Tensor) -> int:
-        """Inputs that a kernel reads for one token, those read again counted again."""
+        """Write y; inputs may be permuted in a pass of their own first."""
 
     @staticmethod
     def launch_gradient(x: Tensor, dy: Tensor, values: Tensor, index: list[Tensor], parameters: list[int]) -> Tensor:
@@ -112,10 +108,8 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
         if tokens == 0:
             return y
         x = x.contiguous()
-        if perm_in is not None and tokens * family.reads(values) > WORTH:
-            x, perm_in = permute(x, perm_in), None
         later: Tensor | None = None
-        if store is not None and tokens * out_features > WORTH:
+        if store is not None and pays(tokens * out_features):
             bias = None if bias is None else bias.index_select(0, store)
             later, store = kept_inverse(store) if direct(x) else inverse(store), None
         family.launch(x, bias, values, index, perm_in, store, y, parameters, transposed, activation)

@@ -27,6 +27,11 @@ WIDEST = 1 << 14
 FEW_ROWS = 1024
 
 
+def pays(scattered: int) -> bool:
+    """Whether a pass of its own takes less than so many scattered reads or writes within a kernel."""
+    return scattered > WORTH
+
+
 @triton.jit
 def permute_kernel(x, index, y, rows, width, WIDTH: tl.constexpr, REPEAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """`REPEAT` rows one after the other, with one index."""
@@ -40,6 +45,11 @@ def permute_kernel(x, index, y, rows, width, WIDTH: tl.constexpr, REPEAT: tl.con
         tl.store(y + row * width + place, tl.gather(values, source, 0), mask=live)
 
 
+def ahead(x: Tensor, index: Tensor | None, reads: int) -> tuple[Tensor, Tensor | None]:
+    """x permuted and no index, where that pays for a kernel that reads so many inputs; else both as they are."""
+    return (x, index) if index is None or not pays(reads) else (permute(x, index), None)
+
+
 def permute(x: Tensor, index: Tensor) -> Tensor:
     """x `[..., d]` contiguous, index int32 `[d]` -> y `[..., d]`."""
     width = x.shape[-1]
@@ -51,6 +61,45 @@ def permute(x: Tensor, index: Tensor) -> Tensor:
     launcher(permute_kernel, x)[(triton.cdiv(rows, repeat),)](
         x=x, index=index, y=y, rows=rows, width=width,
         WIDTH=triton.next_power_of_2(width), REPEAT=repeat, num_warps=4 if width <= 4096 else 8,
+    )  # fmt: skip
+    return y
+
+
+COLUMNS = 256
+"""Columns of a program that brings tokens side by side: few, so that many programs share the scattered reads."""
+
+
+@triton.jit
+def side_kernel(  # type: ignore[no-untyped-def]
+    x, index, y, tokens, width, TILE: tl.constexpr, COLUMNS: tl.constexpr, PERMUTED: tl.constexpr
+):
+    """`COLUMNS` columns of a tile of tokens."""
+    parts = tl.cdiv(width, COLUMNS)
+    column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    tile = (tl.program_id(0) // parts).to(tl.int64) * TILE
+    inner = tl.arange(0, TILE)
+    inside = column < width
+    source = column
+    if PERMUTED:
+        source = tl.load(index + column, mask=inside, other=0)
+    token = tile + inner
+    values = tl.load(
+        x + token[None, :] * width + source[:, None], mask=(token < tokens)[None, :] & inside[:, None], other=0
+    )
+    tl.store(y + tile * width + column[:, None] * TILE + inner[None, :], values, mask=inside[:, None])
+
+
+def side_by_side(x: Tensor, index: Tensor | None, tile: int) -> Tensor:
+    """x `[..., d]` contiguous, index int32 `[d]` or None -> y `[tiles, d, tile]`, y[n, i, t] = x[n tile + t, index[i]].
+
+    The last tile is filled up with zeros. A kernel on CUDA cores then reads the inputs of all its tokens at once.
+    """
+    width = x.shape[-1]
+    tokens = x.numel() // width
+    y = x.new_empty((triton.cdiv(tokens, tile), width, tile))
+    launcher(side_kernel, x)[(triton.cdiv(width, COLUMNS) * len(y),)](
+        x=x, index=x if index is None else index, y=y, tokens=tokens, width=width,
+        TILE=tile, COLUMNS=COLUMNS, PERMUTED=index is not None, num_warps=4,
     )  # fmt: skip
     return y
 

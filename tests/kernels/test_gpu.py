@@ -12,7 +12,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
-from padst_kernels.gpu import operator
+from padst_kernels.gpu import permute
 from padst_kernels.gpu.layer import OPERATORS, TritonKernel
 
 from padst_cli.permutation.apply import random_permutation
@@ -51,12 +51,21 @@ def test_forward_equals_float64(make_case, family, shape):
         check_forward(make_case, family, shape, CUDA, (128, 1000, 515))
 
 
+@pytest.mark.parametrize("shape", [(100, 70), (3072, 768), (768, 3072), (768, 768)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_permutations_in_passes_of_their_own(make_case, monkeypatch, family, shape):
+    monkeypatch.setattr(permute, "WORTH", 0)
+    for turn, tokens in enumerate((1, 2, 3, 5, 16, 17)):
+        for dtype in range(3):
+            check_forward(make_case, family, shape, CUDA, (tokens,), turn + dtype)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family):
     for shape in ((100, 70), (70, 100), (96, 96), (256, 768)):
         for tokens, activation in (((2, 3), ""), ((5, 100), "gelu"), ((2100,), "silu")):
             check_gradients(make_case, family, shape, CUDA, tokens, activation)
-    monkeypatch.setattr(operator, "WORTH", 0)
+    monkeypatch.setattr(permute, "WORTH", 0)
     check_gradients(make_case, family, (96, 129), CUDA, (200,), "gelu_tanh")
 
 

@@ -40,6 +40,11 @@ def cuts(space: Callable[..., tuple[Config, ...]], *rest: Any, whole: bool) -> l
     return list(dict.fromkeys(cut for tokens in TOKENS for cut in space(tokens, *rest)[: None if whole else 1]))
 
 
+def sized(space: Callable[..., tuple[Config, ...]], whole: bool) -> list[Config]:
+    """`cuts` of a space that depends on the number of outputs, for wide layers and narrow ones."""
+    return list(dict.fromkeys(cut for outputs in (11008, 4096, 768) for cut in cuts(space, outputs, whole=whole)))
+
+
 def block_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
     lists = {"row_offsets": "i32", "col_indices": "i32", "order": "i32"}
     for size, precision, transposed in product((16, 32, 64), precisions(dtype, target), (False, True)):
@@ -56,13 +61,12 @@ def block_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Lau
 
 def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
     del dtype
-    for cut, tall in product(cuts(diag.space, whole=whole), (True, False)):
-        yield (
-            diag.diag_kernel,
-            {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"},
-            {"TALL": tall, "SPAN": diag.ROWS},
-            cut,
-        )
+    for cut, tall in product(sized(diag.space, whole), (True, False)):
+        for minor in (False, True) if cut.TILE > 1 else (False,):
+            pointers = {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"}
+            yield diag.diag_kernel, pointers, {"TALL": tall, "SPAN": diag.ROWS, "MINOR": minor}, cut
+    for cut in sized(lambda _, out_features: diag.one_space(out_features), whole):
+        yield diag.one_kernel, {"x": "?", "values": "?", "classes": "i32"}, {"CLASSES": diag.CLASSES}, cut
     for cut in diag.gradient_space()[: None if whole else 1]:
         yield diag.gradient_kernel, {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}, {}, cut
 
@@ -85,7 +89,8 @@ def nm_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch
     for n, m in ((2, 4), (3, 15), (1, 20)):
         group = {"N": n, "M": m, "BITS": nm.index_bits(m)}
         for cut in cuts(nm.space, whole=whole):
-            yield nm.nm_kernel, {"x": "?", "values": "?", "indices": "u8"}, group, cut
+            for minor in (False, True) if cut.TILE > 1 else (False,):
+                yield nm.nm_kernel, {"x": "?", "values": "?", "indices": "u8"}, {**group, "MINOR": minor}, cut
         for precision, transposed in product(precisions(dtype, target), (False, True)):
             for cut in cuts(nm_tiles.space, dtype, whole=whole):
                 constants = {**group, "PRECISION": precision, "TRANSPOSED": transposed}
@@ -100,6 +105,10 @@ def permute_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch
     for width in (1024, 4096, permute.WIDEST) if whole else (permute.WIDEST,):
         cut = Config(num_warps=4 if width <= 4096 else 8, num_stages=2)
         yield permute.permute_kernel, {"x": "?", "index": "i32", "y": "?"}, {"WIDTH": width, "REPEAT": 4}, cut
+    for tile in (2, 16):
+        constants = {"TILE": tile, "COLUMNS": permute.COLUMNS, "PERMUTED": True}
+        cut = Config(num_warps=4, num_stages=2)
+        yield permute.side_kernel, {"x": "?", "index": "i32", "y": "?"}, constants, cut
 
 
 LAUNCHES = {

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from padst_kernels.gpu import permute
 from padst_kernels.gpu.layer import TritonKernel
 
 from padst_cli.bench import gpu_table
@@ -45,7 +46,9 @@ def _own_figures(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_config_of_every_space_computes_the_same(make_case, family, dtype):
+@pytest.mark.parametrize("worth", [0, permute.WORTH])
+def test_every_config_of_every_space_computes_the_same(make_case, monkeypatch, family, dtype, worth):
+    monkeypatch.setattr(permute, "WORTH", worth)
     structure, options = FAMILIES[family]
     case = make_case(structure, 320, 256, 0.2, "io", dtype, **options)
     kernel = TritonKernel(on(case, CUDA))

@@ -26,16 +26,16 @@ SHAPES = {
 }
 
 if INTERPRETED:
-    from padst_kernels.gpu import layer, operator, permute, rules
+    from padst_kernels.gpu import diag, layer, operator, permute, rules, tuning
     from triton.runtime import interpreter
 
-    from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
+    from tests.kernels.gpu_cases import DTYPES, FAMILIES, SIDES, TOKENS, check_forward, check_gradients, close, on
 
     CASES = [
         pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
         for family, (structure, options) in FAMILIES.items()
         for turn, shape in enumerate(SHAPES[structure])
-        if min(shape) >= options.get("block_size", 0)
+        if min(shape) >= options.get("block_size", 0) and max(shape) >= options.get("band", 0)
     ]
     ONE_EACH = [
         (family, {"block": (100, 70), "diag": (33, 65), "nm": (9, 61)}[structure])
@@ -76,7 +76,7 @@ if INTERPRETED:
     @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
     def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family, shape):
         check_gradients(make_case, family, shape, CPU)
-        monkeypatch.setattr(operator, "WORTH", 0)
+        monkeypatch.setattr(permute, "WORTH", 0)
         check_gradients(make_case, family, shape if FAMILIES[family][0] == "nm" else shape[::-1], CPU, (19,))
 
     @pytest.mark.parametrize("family", ["diag", "band 16", pytest.param("band 32", marks=pytest.mark.slow)])
@@ -100,8 +100,60 @@ if INTERPRETED:
             x, bias = torch.randn(19, shape[1]).to(dtype), torch.randn(shape[0])
             within = layer.TritonKernel(case.layout)(x, bias)
             with monkeypatch.context() as patch:
-                patch.setattr(operator, "WORTH", 0)
+                patch.setattr(permute, "WORTH", 0)
                 assert torch.equal(layer.TritonKernel(case.layout)(x, bias), within)
+
+    @pytest.mark.parametrize("shape", [(48, 48), (64, 48), (104, 40), (72, 8), (200, 160), (47, 40), (56, 47)], ids=str)
+    @pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+    def test_one_token_by_classes_of_diagonals(make_case, monkeypatch, shape, density):
+        """Where sizes allow it, and the same by the kernel for any."""
+        kernels = []
+        monkeypatch.setattr(permute, "WORTH", 0)
+        recorded = diag._launch_one
+        monkeypatch.setattr(diag, "_launch_one", lambda *rest: (kernels.append("one"), recorded(*rest)))
+        for turn, sides in enumerate(SIDES):
+            dtype = DTYPES[turn % 3]
+            case = make_case("diag", *shape, density, sides, dtype)
+            x, bias = torch.randn(1, shape[1]).to(dtype), torch.randn(shape[0])
+            close(layer.TritonKernel(case.layout)(x, bias), case.weight, x, bias)
+        assert kernels == (["one"] * 4 if all(size % 8 == 0 for size in shape) else [])
+
+    @pytest.mark.parametrize("family", ["diag", "1:10"])
+    def test_every_cut_for_few_tokens(make_case, monkeypatch, family):
+        monkeypatch.setattr(permute, "WORTH", 0)
+        structure, options = FAMILIES[family]
+        case = make_case(structure, 72, 40, 0.3, "io", **options)
+        kernel = layer.TritonKernel(case.layout)
+        for tokens in (1, 2, 4, 7, 18):
+            x = torch.randn(tokens, 40)
+            with tuning._trying() as trial:
+                kernel(x, None)
+                assert trial.spaces
+                for place, space in list(trial.spaces.items()):
+                    for cut in space:
+                        trial.forced = {place: cut}
+                        close(kernel(x, None), case.weight, x, None)
+
+    def test_diagonals_by_class():
+        offsets = torch.tensor([0, 3, 8, 11, 15, 16, 91], dtype=torch.int32)
+        numbers, starts = diag.classes_of(offsets, 96, 40)
+        assert numbers.shape == starts.shape == (8, 32)
+        met = starts < 96
+        assert met.sum(dim=1).tolist() == [3, 0, 0, 3, 0, 0, 0, 1]
+        assert torch.equal(starts[met], offsets[numbers[met].long()])
+        assert sorted(numbers[met].tolist()) == list(range(7))
+        assert (starts[met].reshape(-1) % 8).tolist() == [0, 0, 0, 3, 3, 3, 7]
+
+    @pytest.mark.parametrize(("tokens", "tile"), [(1, 1), (3, 4), (16, 16), (37, 16)])
+    def test_tokens_side_by_side(monkeypatch, tokens, tile):
+        monkeypatch.setattr(permute, "COLUMNS", 16)
+        x, index = torch.randn(tokens, 45), torch.randperm(45).to(torch.int32)
+        for order in (None, index):
+            found = permute.side_by_side(x, order, tile)
+            assert found.shape == (-(-tokens // tile), 45, tile)
+            flat = found.transpose(1, 2).reshape(-1, 45)
+            assert torch.equal(flat[:tokens], x if order is None else x[:, index.long()])
+            assert not flat[tokens:].any()
 
     def test_permuting_any_number_of_rows(monkeypatch):
         monkeypatch.setattr(permute, "FEW_ROWS", 4)
@@ -156,7 +208,8 @@ if INTERPRETED:
         count, columns = len(block.tensors["col_indices"]), -(-96 // block.parameters["block_size"])
         assert layer.TritonKernel(block).resident_bytes() == 4 * (2 * count + columns + 1)
         assert layer.TritonKernel(make_case("nm", 64, 64, 0.3, "o").layout).resident_bytes() == 64 * 4
-        assert layer.TritonKernel(make_case("diag", 100, 64, 0.3, "o").layout).resident_bytes() == 100 * 4 + 2 * 2 * 4
+        diagonals = layer.TritonKernel(make_case("diag", 100, 64, 0.3, "o").layout)
+        assert diagonals.resident_bytes() == 100 * 4 + 2 * 2 * 4 + 2 * 8 * 32 * 4
 
     @pytest.mark.parametrize("name", ["diag", "nm", "block"])
     @pytest.mark.parametrize("autocast", [False, True])
