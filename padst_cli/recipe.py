@@ -166,6 +166,8 @@ class TrainingRecipe(Strict):
     of their attention maps (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused
     kernel.
 
+    `augment` crops and mirrors images at random (padst_cli/training/augment.py); text stays as it is.
+
     `average` is the share of the steps, the last ones, whose weights are averaged into the result; 0 takes those of the
     last step. Supports and permutations must have come to rest by then.
     """
@@ -183,6 +185,7 @@ class TrainingRecipe(Strict):
     distill_temperature: float = Field(default=1.0, gt=0.0)
     distill_hidden: float = Field(default=0.0, ge=0.0)
     distill_attention: float = Field(default=0.0, ge=0.0)
+    augment: bool = False
     average: float = Field(default=0.0, ge=0.0, lt=1.0)
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=0, ge=0)

@@ -109,6 +109,7 @@ FLAGS = (
         float,
         "Weight of the distance from the dense model's attention maps; 0: none.",
     ),
+    Flag("--augment/--no-augment", "training.augment", bool, "Crop and mirror images at random."),
     Flag("--average", "training.average", float, "Average the weights of this share of the steps, the last ones."),
     Flag("--dense-control/--no-dense-control", "dense_control", bool, "Also fine-tune the dense model as long."),
     Flag("--eval-samples", "eval_samples", int, "Evaluate on at most this many windows or images."),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from padst_cli.errors import PadstError
 from padst_cli.recipe import TrainingRecipe
+from padst_cli.training.augment import augmented
 from padst_cli.training.seeds import seeded
 
 Batch = dict[str, Tensor]
@@ -77,8 +78,8 @@ class Objective(ABC):
     @property
     def answers_alike(self) -> bool:
         """Whether the teacher's part in the loss is the same whenever an item comes, and is its logits alone."""
-        inside = self.recipe.distill_hidden or self.recipe.distill_attention
-        return self.asks_logits and self.teacher is not None and not inside
+        changing = self.recipe.augment or self.recipe.distill_hidden or self.recipe.distill_attention
+        return self.asks_logits and self.teacher is not None and not changing
 
     @torch.no_grad()
     def ask(self, batch: Batch) -> Tensor:
@@ -183,6 +184,12 @@ class ImageClassification(Objective):
     """Cross-entropy of the class where the data has labels; without labels the teacher alone teaches."""
 
     asks_logits = True
+
+    def prepare(self, batch: Batch, seed: int, step: int, first_row: int) -> Batch:
+        """Crop and mirror the images where the recipe asks for it."""
+        if not self.recipe.augment:
+            return batch
+        return {**batch, "pixel_values": augmented(batch["pixel_values"], seed, step, first_row)}
 
     def task_loss(self, output: Any, batch: Batch) -> Tensor | None:
         """Mean over the images."""
