@@ -55,12 +55,8 @@ def rows_for(out_features: int, least: int) -> int:
 @functools.cache
 def _space(most: int, rows: int) -> tuple[Config, ...]:
     half = max(rows // 2, 16)
-    cuts: tuple[tuple[int, int, int, int], ...] = (
-        (half, 16, 8, 8),
-        (rows, 16, 8, 8),
-        (rows, 4, 4, 4),
-        (half, 8, 4, 4),
-    )
+    cuts: tuple[tuple[int, int, int, int], ...]
+    cuts = ((half, 16, 8, 8), (rows, 16, 8, 8), (half, 8, 8, 8), (rows, 8, 8, 8))
     if most == 1:
         cuts = (rows, 64, 32, 8), (rows, 64, 8, 8), (half, 128, 32, 8), (rows, 32, 8, 4)
     elif most != MANY and most <= 4:
