@@ -106,15 +106,14 @@ def classes_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
 
     Short classes are filled up with an offset that meets no row. offsets int32 `[K]`.
     """
-    nowhere = 2 * max(out_features, in_features)
-    members = [torch.nonzero(offsets % CLASSES == each).flatten() for each in range(CLASSES)]
-    longest = max(len(each) for each in members)
-    longest = -(-longest // _PADDED) * _PADDED
+    kinds, order = torch.sort(offsets % CLASSES, stable=True)
+    counts = torch.bincount(kinds, minlength=CLASSES)
+    longest = triton.cdiv(int(counts.max()), _PADDED) * _PADDED
     table = torch.zeros((2, CLASSES, longest), dtype=torch.int32, device=offsets.device)
-    table[1] = nowhere
-    for each, numbers in enumerate(members):
-        table[0, each, : len(numbers)] = numbers.to(torch.int32)
-        table[1, each, : len(numbers)] = offsets[numbers]
+    table[1] = 2 * max(out_features, in_features)
+    place = torch.arange(len(offsets), device=offsets.device) - (counts.cumsum(0) - counts)[kinds]
+    table[0, kinds, place] = order.to(torch.int32)
+    table[1, kinds, place] = offsets[order]
     return table
 
 
