@@ -132,8 +132,8 @@ class SupportRecipe(Strict):
     """Dynamic sparse training: which units are dropped and grown, how many, how often and until when.
 
     `fraction` of the active units moves at the first update and decays with a cosine to zero at the share `until` of
-    the run. With `permutation.learner` "projected" only `every` and `until` count: what moves follows from the latent
-    weight, which is dropped at `until`.
+    the run. With `permutation.learner` "projected" what moves follows from the latent weight, every `every` steps and
+    whatever the method, until the permutations' `deadline`.
 
     `start_density` begins training at that density (1 is dense) and lets it fall along a cubic to the target, which it
     reaches at the share `density_until` of the run, in the steps that move the support; None starts at the target.
@@ -162,11 +162,11 @@ class TrainingRecipe(Strict):
 
     `distill_hidden` weighs a further term, added to the rest: the relative squared distance of the student's hidden
     states from the teacher's, mean over layers and positions (after SquareHead, Kurtic et al., 2023, arXiv 2310.06927);
-    a model without a head is trained by that distance alone. `distill_attention` weighs another: the squared distance
+    a model without a head is trained by that distance alone, and takes no weight of it. `distill_attention` weighs another: the squared distance
     of their attention maps (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused
     kernel.
 
-    `augment` crops and mirrors images at random (padst_cli/training/augment.py); text stays as it is.
+    `augment` crops and mirrors images at random (padst_cli/training/augment.py); text has nothing to crop.
 
     `average` is the share of the steps, the last ones, whose weights are averaged into the result; 0 takes those of the
     last step. Supports and permutations must have come to rest by then.
@@ -294,11 +294,8 @@ class Recipe(Document):
     def _fits_together(self) -> Self:
         if self.support.method == "dynadiag" and self.structure != "diag":
             raise ValueError("dst method 'dynadiag' learns scores of diagonals and needs structure 'diag'")
-        if self.permutation.is_projected and self.support.method != SupportRecipe().method:
-            raise ValueError(
-                f"learner 'projected' chooses the support by its latent weight and takes no dst method: leave "
-                f"'{self.support.method}' out"
-            )
+        if self.permutation.is_projected and self.support.method == "dynadiag":
+            raise ValueError("learner 'projected' and dst method 'dynadiag' both keep latent values: choose one of them")
         return self
 
     @model_validator(mode="after")
@@ -319,13 +316,14 @@ class Recipe(Document):
     def _averages_at_rest(self) -> Self:
         begin = round(1.0 - self.training.average, 9)
         rest = {"support.until": self.support.until if self.support.method != "static" else 0.0}
-        rest["permutation.deadline"] = self.permutation.deadline if self.permutation.is_soft else 0.0
+        late = self.permutation.is_soft or self.permutation.is_projected
+        rest["permutation.deadline"] = self.permutation.deadline if late else 0.0
         rest["support.density_until"] = self.support.density_until if self.support.start_density is not None else 0.0
-        late = [key for key, share in rest.items() if share > begin]
-        if self.training.average and late:
+        moving = [key for key, share in rest.items() if share > begin]
+        if self.training.average and moving:
             raise ValueError(
-                f"training.average {self.training.average} begins at the share {begin} of the run, before {late[0]} "
-                f"{rest[late[0]]}: weights are averaged only once supports and permutations rest"
+                f"training.average {self.training.average} begins at the share {begin} of the run, before {moving[0]} "
+                f"{rest[moving[0]]}: weights are averaged only once supports and permutations rest"
             )
         return self
 

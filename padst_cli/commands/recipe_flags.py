@@ -101,7 +101,7 @@ FLAGS = (
         "--distill-hidden",
         "training.distill_hidden",
         float,
-        "Weight of the distance from the dense model's hidden states; 0: none.",
+        "Weight of the distance from the dense model's hidden states, for a model with a head; 0: none.",
     ),
     Flag(
         "--distill-attention",

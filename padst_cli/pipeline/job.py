@@ -15,7 +15,7 @@ from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices
 from padst_cli.errors import PadstError
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.plan import Plan
-from padst_cli.recipe import FILLED_IN, LEARNING_RATES, Recipe
+from padst_cli.recipe import FILLED_IN, LEARNING_RATES, Recipe, TrainingRecipe
 
 _SPLIT_BY_ITSELF = ("python-source", "hf:")
 
@@ -52,6 +52,7 @@ def open_job(model: str, recipe: Recipe) -> Job:
     has one and `--eval-data` is not given; the learning rate of the task.
     """
     source = open_source(model)
+    _check_training(source, recipe.training)
     plan = plan_for(source, recipe)
     recipe = _filled(source, recipe)
     assert recipe.data is not None
@@ -69,6 +70,18 @@ def open_job(model: str, recipe: Recipe) -> Job:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and reports."""
     return bool(PartialState().is_main_process)
+
+
+def _check_training(source: Source, training: TrainingRecipe) -> None:
+    """Raise `PadstError` for what a model of this task could only ignore, or could not learn from."""
+    if training.augment and source.modality != "image":
+        raise PadstError(f"--augment crops and mirrors images, and '{source.name}' reads {source.modality}: leave it out")
+    if source.task == "encoder" and training.distill_hidden:
+        raise PadstError(
+            f"--distill-hidden: '{source.name}' has no head and is trained by its hidden states as it is; leave it out"
+        )
+    if source.task == "encoder" and not training.distill:
+        raise PadstError(f"'{source.name}' has no head, and so no loss of its own: leave distillation on")
 
 
 def _filled(source: Source, recipe: Recipe) -> Recipe:

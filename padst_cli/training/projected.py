@@ -9,6 +9,8 @@ of the saliency by a margin, because every jump costs what training had built on
 
 Both halves are made cheap: values outside the support hear the gradient of every `GRADIENT_EVERY`th step alone, and an
 update goes `SEARCH_ROUNDS` further from the present order, where the assignment at the start goes on until it rests.
+Like the matrices of the soft learner, latent weights are gone at the deadline: most of the run must belong to weights
+that know their final order. From there on supports move as the recipe's method has it.
 
 The latent weight is held in the coordinates of S, like every sparse layer's, so that nothing but an update knows of it;
 whoever takes a new order carries the weight, its gradient and its moments along. A layer without a permutation (the
@@ -90,7 +92,7 @@ def _search(layers: Sequence[SparseLinear], scores: Sequence[Tensor], seed: int)
 
 
 class Projection:
-    """The layers of a model whose weight is latent (`layers`, by name) and their updates until they settle.
+    """The layers of a model whose weight is latent (`layers`, by name) and their updates until the deadline.
 
     `permutations` are theirs by label, one that several layers share once.
     """
@@ -99,6 +101,14 @@ class Projection:
         self.recipe = recipe
         self.layers = {name: layer for name, layer in layers.items() if layer.latent is not None}
         self.permutations = labelled(self.layers)
+
+    def is_due(self, done: int) -> bool:
+        """Whether orders and supports are chosen anew in the step that follows `done` finished ones."""
+        return bool(self.layers) and done > 0 and done % self.recipe.support.every == 0
+
+    def is_over(self, done: int) -> bool:
+        """Whether latent values have had their share of the run after `done` steps."""
+        return bool(self.layers) and done >= self.recipe.permutation.deadline * self.recipe.training.steps
 
     def average(self) -> None:
         """Make the mean squares those of all processes' inputs: they must find, and resume with, the same."""

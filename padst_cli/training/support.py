@@ -9,6 +9,7 @@ gradient|. SET (Mocanu et al., 2018): drop by |w|, grow at random. MEST (Yuan et
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,6 +31,27 @@ def fraction_at(recipe: SupportRecipe, done: int, steps: int) -> float:
     return recipe.fraction / 2 * (1 + math.cos(math.pi * done / (recipe.until * steps)))
 
 
+def at_rest(layers: Mapping[str, SparseLinear], recipe: SupportRecipe, steps: int) -> tuple[list[str], str]:
+    """(names of layers whose support no update of the run will move, why); without names where all is as asked.
+
+    The first update moves most: where it comes too late, or its share of a layer's units rounds to none, none will.
+    """
+    chosen_anew = recipe.method == "dynadiag" or recipe.start_density is not None
+    if recipe.method == "static" or chosen_anew or not steps:
+        return [], ""
+    if not is_due(recipe, recipe.every, steps):
+        last = math.ceil(recipe.until * steps)
+        return list(layers), f"updates come every {recipe.every} steps and end before step {last}"
+    fraction = fraction_at(recipe, recipe.every, steps)
+    few = [name for name, layer in layers.items() if _count(layer.structure.units_of(layer.mask), fraction) == 0]
+    return few, f"the share {fraction:.3g} of its units, which an update moves at most, rounds to none"
+
+
+def _count(active: Tensor, fraction: float) -> int:
+    """How many of the active units an update moves."""
+    return round(fraction * int(active.sum()))
+
+
 def move_units(active: Tensor, drop_score: Tensor, grow_score: Tensor, fraction: float) -> Tensor:
     """The next active units, bool `[groups, candidates]`, with as many in every group as before.
 
@@ -37,7 +59,7 @@ def move_units(active: Tensor, drop_score: Tensor, grow_score: Tensor, fraction:
     units with the highest `grow_score` come, those just dropped among them, as in RigL. A grow score of -inf marks what
     can never be a unit.
     """
-    count = round(fraction * int(active.sum()))
+    count = _count(active, fraction)
     if count == 0:
         return active
     order = torch.where(active, drop_score, torch.inf).flatten().argsort(stable=True)

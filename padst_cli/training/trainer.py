@@ -46,7 +46,7 @@ from padst_cli.training.state import (
     restore_random_state,
     stop_on_signals,
 )
-from padst_cli.training.support import fraction_at, is_due, move_support, next_mask
+from padst_cli.training.support import at_rest, fraction_at, is_due, move_support, next_mask
 
 # Gradients of log M are as small as the entries of M: Adam's usual 1e-8 would hold the small ones still.
 _SOFT_EPSILON = 1e-15
@@ -146,6 +146,7 @@ class _Trainer:
         self.average = Average(self.weights, self.recipe.training)
         if state is None:
             self._tell_learned()
+            self._tell_resting()
         else:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -239,7 +240,7 @@ class _Trainer:
     def _backward(self, index: int) -> dict[str, Tensor]:
         """Gradients of the step's whole batch into `.grad`; returns the mean loss and terms of this process's slice."""
         accumulation = self.recipe.training.accumulation
-        due = is_due(self.recipe.support, index, self.recipe.training.steps)
+        due = self._is_due(index)
         for layer in self.layers.values():
             layer.dense_gradient = due or (layer.latent is not None and index % GRADIENT_EVERY == 0)
         sums: dict[str, Tensor] = {}
@@ -288,9 +289,9 @@ class _Trainer:
     # -- what sparse layers need -------------------------------------------------------------------------------------
 
     def _anneal(self, index: int) -> None:
-        """Set the temperature of DynaDiag's gates for this step; after the last update fold them and settle."""
+        """Set the temperature of DynaDiag's gates for this step, or fold them; drop latent weights after their time."""
         support, share = self.recipe.support, index / self.recipe.training.steps
-        if share >= support.until:
+        if self.projection.is_over(index):
             self._settle()
         for layer in self.layers.values():
             if layer.gates is None:
@@ -300,9 +301,15 @@ class _Trainer:
                 forget_parameter(self.optimizer, layer.gates.scores)
                 layer.fold_gates()
 
+    def _is_due(self, index: int) -> bool:
+        """Whether supports are chosen or move in step `index`."""
+        if self.projection.layers:
+            return self.projection.is_due(index)
+        return is_due(self.recipe.support, index, self.recipe.training.steps)
+
     def _move_support(self, index: int) -> None:
         support, steps = self.recipe.support, self.recipe.training.steps
-        due, narrower = is_due(support, index, steps), narrows(support, index, steps)
+        due, narrower = self._is_due(index), narrows(support, index, steps)
         if not (due or narrower) or not self.layers:
             return
         if self.projection.layers:
@@ -339,6 +346,14 @@ class _Trainer:
         if records:
             words = f"{len(records)} permutations learned on the calibration data: {sum(r.moved for r in records):,}"
             self.on_event(Message(f"{words} entries moved from the assignment"))
+
+    def _tell_resting(self) -> None:
+        """Of supports that will not move although they were to: a comparison of methods would compare nothing."""
+        support, layers = self.recipe.support, {} if self.projection.layers else self.layers
+        resting, why = at_rest(layers, support, self.recipe.training.steps)
+        if resting:
+            which = f"{len(resting)} of {len(layers)} layers, '{resting[0]}' for one"
+            self.on_event(Message(f"dst method '{support.method}' will not move the support of {which}: {why}"))
 
     def _record(self, record: HardenedRecord) -> None:
         self.progress.hardened.append(record)

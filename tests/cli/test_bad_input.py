@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import models
 from tests.cli.conftest import Padst
 
 
@@ -116,6 +118,26 @@ def test_text_shorter_than_the_context(run: Callable[..., str], tmp_path: Path) 
 
 def test_context_longer_than_the_model(run: Callable[..., str]) -> None:
     assert "64 positions" in run(max_seq_length=128)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--augment",), "bare' reads text: leave it out"),
+        (("--distill-hidden", 1), "bare' has no head and is trained by its hidden states as it is"),
+        (("--no-distill",), "bare' has no head, and so no loss of its own: leave distillation on"),
+    ],
+)
+def test_what_a_bare_encoder_could_only_ignore(
+    padst: Padst, tokenizer: Any, train_text: Path, tmp_path: Path, flags: tuple[object, ...], words: str
+) -> None:
+    models.build("bert", max_position_embeddings=64, vocab_size=len(tokenizer)).base_model.save_pretrained(
+        tmp_path / "bare"
+    )
+    tokenizer.save_pretrained(tmp_path / "bare")
+    data = ("--data", train_text, "--eval-data", train_text)
+    assert words in padst.error("sparsify", tmp_path / "bare", *data, "--output", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_structure_that_fits_no_layer(run: Callable[..., str]) -> None:

@@ -22,7 +22,7 @@ def test_plan_counts_matrices_only_for_the_soft_learner(padst: Padst, gpt2: Path
 
 
 def test_what_a_learner_does_not_take_is_refused(padst: Padst, gpt2: Path) -> None:
-    assert "takes no dst method" in padst.error("plan", gpt2, "--learner", "projected", "--dst", "set")
+    assert "both keep latent values" in padst.error("plan", gpt2, "--learner", "projected", "--dst", "dynadiag")
     assert "'refined', 'soft', 'projected' or 'straight-through'" in padst.error("plan", gpt2, "--learner", "harsh")
 
 

@@ -198,10 +198,10 @@ def test_a_run_ends_with_ordinary_sparse_layers(bench, events, structure):
     updates = [event for event in events if isinstance(event, SupportUpdated)]
     assert [event.step for event in updates] == [4, 7]
     assert result.support_moved == sum(sum(event.moved.values()) for event in updates) > 0
-    assert {event.step for event in events if isinstance(event, Hardened)} == ({9} if permuted else set())
+    assert {event.step for event in events if isinstance(event, Hardened)} == ({6} if permuted else set())
     steps = [event for event in events if isinstance(event, Step)]
     assert all(step.layers == permuted and not step.penalties for step in steps)
-    assert [step.hardened for step in steps] == [0] * 9 + [permuted] * 3
+    assert [step.hardened for step in steps] == [0] * 6 + [permuted] * 6
     for layer in sparse_layers(student).values():
         assert layer.latent is None
         assert not layer.weight[~layer.mask].any()
@@ -209,7 +209,9 @@ def test_a_run_ends_with_ordinary_sparse_layers(bench, events, structure):
 
 
 def test_values_outside_the_support_hear_every_fourth_gradient_whatever_computes(bench, monkeypatch):
-    recipe = bench.recipe(**{"permutation.learner": "projected", "support.every": 100})
+    recipe = bench.recipe(
+        **{"permutation.learner": "projected", "permutation.deadline": 0.75, "support.every": 100}
+    )
     heard = []
 
     class Watching(trainer.AdamW):
@@ -260,11 +262,22 @@ def test_permutations_that_are_not_learned_have_no_learner(bench, kind):
         assert torch.equal(state.weight, finished_layers(student)[name].weight)
 
 
-@pytest.mark.parametrize("method", ["set", "mest", "static"])
-def test_a_dst_method_beside_it_is_refused(method):
-    with pytest.raises(PadstError, match=f"takes no dst method: leave '{method}' out"):
-        recipe_of(**{"support.method": method})
-    assert recipe_of(**{"support.method": method, "permutation.kind": "none"}).support.method == method
+@pytest.mark.parametrize("method", ["rigl", "set", "mest", "static"])
+def test_the_dst_method_takes_over_at_the_deadline(bench, events, method):
+    changes = {"support.method": method, "support.every": 2, "support.until": 0.9}
+    recipe = bench.recipe(**{"permutation.learner": "projected", "permutation.margin": 0.0, **changes})
+    student, _ = bench.train(recipe, on_event=events.append)
+    updates = [event.step for event in events if isinstance(event, SupportUpdated)]
+    assert updates == ([3, 5] if method == "static" else [3, 5, 7, 9, 11])
+    for layer in sparse_layers(student).values():
+        assert not layer.weight[~layer.mask].any()
+        assert layer.structure.is_feasible(layer.structure.units_of(layer.mask))
+
+
+def test_two_kinds_of_latent_values_are_refused():
+    with pytest.raises(PadstError, match="'projected' and dst method 'dynadiag' both keep latent values"):
+        recipe_of(**{"structure": "diag", "support.method": "dynadiag"})
+    assert recipe_of(**{"support.method": "dynadiag", "permutation.kind": "none"}).support.method == "dynadiag"
 
 
 def test_latent_values_need_the_dense_model(bench):

@@ -7,7 +7,7 @@ from padst_cli.recipe import SupportRecipe
 from padst_cli.structures import StructureOptions, structure_class, structure_names
 from padst_cli.training.seeds import seeded
 from padst_cli.training.sparse_linear import SparseLinear, sparse_layers
-from padst_cli.training.support import fraction_at, is_due, move_support, move_units, next_mask
+from padst_cli.training.support import at_rest, fraction_at, is_due, move_support, move_units, next_mask
 
 
 def layer_of(name, out=168, inp=132, density=0.25, **options):
@@ -122,3 +122,23 @@ def test_nothing_outside_the_support_moves_in_training(bench, structure):
     for layer in sparse_layers(student).values():
         assert not layer.weight[~layer.mask].any()
         assert layer.structure.is_feasible(layer.structure.units_of(layer.mask))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every", "resting"), [(0.05, 5, ["small"]), (0.3, 5, []), (0.3, 80, ["small", "large"])]
+)
+def test_supports_that_no_update_will_move_are_known_beforehand(fraction, every, resting):
+    layers = {"small": layer_of("block", 64, 48), "large": layer_of("unstructured")}
+    recipe = SupportRecipe(fraction=fraction, every=every)
+    found, why = at_rest(layers, recipe, 100)
+    assert (found, bool(why)) == (resting, True)
+    updates = [done for done in range(100) if is_due(recipe, done, 100)]
+    for name, layer in layers.items():
+        layer.weight.grad = (~layer.mask).float()  # whatever is dropped, others come in its place
+        masks = [next_mask(layer, recipe, fraction_at(recipe, done, 100), seeded(0, 1, 2)) for done in updates]
+        assert any(not torch.equal(mask, layer.mask) for mask in masks) == (name not in found)
+
+
+@pytest.mark.parametrize("asked", [{"method": "static"}, {"method": "dynadiag"}, {"start_density": 0.9}])
+def test_supports_that_rest_as_asked_or_are_chosen_anew_are_no_news(asked):
+    assert at_rest({"small": layer_of("diag")}, SupportRecipe(every=200, **asked), 100)[0] == []
