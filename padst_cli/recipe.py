@@ -162,9 +162,9 @@ class TrainingRecipe(Strict):
 
     `distill_hidden` weighs a further term, added to the rest: the relative squared distance of the student's hidden
     states from the teacher's, mean over layers and positions (after SquareHead, Kurtic et al., 2023, arXiv 2310.06927);
-    a model without a head is trained by that distance alone, and takes no weight of it. `distill_attention` weighs another: the squared distance
-    of their attention maps (after TinyBERT, Jiao et al., 2020). Both models then compute attention without a fused
-    kernel.
+    a model without a head is trained by that distance alone, and takes no weight of it. `distill_attention` weighs
+    another: the squared distance of their attention maps (after TinyBERT, Jiao et al., 2020). Both models then compute
+    attention without a fused kernel.
 
     `augment` crops and mirrors images at random (padst_cli/training/augment.py); text has nothing to crop.
 
@@ -295,7 +295,7 @@ class Recipe(Document):
         if self.support.method == "dynadiag" and self.structure != "diag":
             raise ValueError("dst method 'dynadiag' learns scores of diagonals and needs structure 'diag'")
         if self.permutation.is_projected and self.support.method == "dynadiag":
-            raise ValueError("learner 'projected' and dst method 'dynadiag' both keep latent values: choose one of them")
+            raise ValueError("learner 'projected' and dst method 'dynadiag' both keep latent values: choose one")
         return self
 
     @model_validator(mode="after")

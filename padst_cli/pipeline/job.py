@@ -75,7 +75,7 @@ def is_main_process() -> bool:
 def _check_training(source: Source, training: TrainingRecipe) -> None:
     """Raise `PadstError` for what a model of this task could only ignore, or could not learn from."""
     if training.augment and source.modality != "image":
-        raise PadstError(f"--augment crops and mirrors images, and '{source.name}' reads {source.modality}: leave it out")
+        raise PadstError(f"--augment crops images, and '{source.name}' reads {source.modality}: leave it out")
     if source.task == "encoder" and training.distill_hidden:
         raise PadstError(
             f"--distill-hidden: '{source.name}' has no head and is trained by its hidden states as it is; leave it out"

@@ -209,9 +209,7 @@ def test_a_run_ends_with_ordinary_sparse_layers(bench, events, structure):
 
 
 def test_values_outside_the_support_hear_every_fourth_gradient_whatever_computes(bench, monkeypatch):
-    recipe = bench.recipe(
-        **{"permutation.learner": "projected", "permutation.deadline": 0.75, "support.every": 100}
-    )
+    recipe = bench.recipe(**{"permutation.learner": "projected", "permutation.deadline": 0.75, "support.every": 100})
     heard = []
 
     class Watching(trainer.AdamW):
