@@ -22,7 +22,8 @@ from padst_cli.stopwatch import Progress, Rate, Stopwatch
 from padst_cli.training.activations import in_one_operation
 from padst_cli.training.memory import kept_memory
 from padst_cli.training.optimizer import AdamW
-from padst_cli.training.sparse_linear import Permutation, SparseLinear
+from padst_cli.training.permutation import Permutation
+from padst_cli.training.sparse_linear import SparseLinear
 
 _STEP_REPEATS = 3
 """Whole steps take seconds, and what they are compared for is no matter of percents."""

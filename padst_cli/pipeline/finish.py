@@ -21,7 +21,7 @@ from padst_cli.pipeline.job import Job
 from padst_cli.report import LayerRow, ReportData, Support, write_report
 from padst_cli.runtime.packed_linear import PackedLinear
 from padst_cli.runtime.packing import install
-from padst_cli.training.sparse_linear import SparseState, finished_layers
+from padst_cli.training.swap import SparseState, finished_layers
 
 
 def environment(accelerator: Accelerator) -> dict[str, str]:

@@ -30,8 +30,8 @@ from padst_cli.pipeline.planning import plan_for
 from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, load_recipe
 from padst_cli.training.objective import Objective, build_objective
 from padst_cli.training.result import TrainResult
-from padst_cli.training.sparse_linear import sparsify_modules
 from padst_cli.training.state import StateStore
+from padst_cli.training.swap import sparsify_modules
 from padst_cli.training.trainer import make_accelerator, train
 from padst_cli.tying import untie
 

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from padst_cli.permutation.soft import normalised_penalty
 from padst_cli.recipe import Recipe
-from padst_cli.training.sparse_linear import Permutation, SparseLinear
+from padst_cli.training.permutation import Permutation
+from padst_cli.training.sparse_linear import SparseLinear
 
 Cause = Literal["penalty", "deadline", "start"]
 

@@ -6,8 +6,7 @@ index lookup is a matrix product with M. Whatever the weight holds outside the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,10 @@ from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from padst_kernels.gpu import rules as gpu
 from torch import Tensor, nn
 
-from padst_cli.initialise.start import LayerStart
-from padst_cli.permutation.apply import identity, to_structure
-from padst_cli.permutation.soft import balanced, nearest_permutation, project, soften
-from padst_cli.plan import LayerPlan, Plan
-from padst_cli.recipe import Recipe
 from padst_cli.structures.base import Structure
 from padst_cli.training.dynadiag import DiagonalGates
 from padst_cli.training.latent import Latent
-from padst_cli.training.straight_through import HardLookup
+from padst_cli.training.permutation import Permutation
 
 if TYPE_CHECKING:
     from padst_kernels.gpu.training import TritonTraining
@@ -47,97 +41,6 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         del ctx
         return grads[0], None
-
-
-class Permutation(nn.Module):
-    """One side's permutation: a soft matrix M `[d, d]` until `harden`, an int32 index `[d]` from then on.
-
-    `start` int32 `[d]` is where training began, `assigned` int32 `[d]` where learning did (by default there, too).
-    Exactly one of `log_matrix` (a Parameter, the logarithm of M), `lookup` (the
-    learner `straight-through`, given a `group`) and `index` (a buffer) is there.
-    """
-
-    def __init__(
-        self,
-        start: Tensor,
-        *,
-        mixing: float | None,
-        dtype: torch.dtype = torch.float32,
-        group: int | None = None,
-        assigned: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.start: Tensor
-        self.assigned: Tensor
-        self.index: Tensor | None
-        self.register_buffer("start", start.clone())
-        self.register_buffer("assigned", (start if assigned is None else assigned).clone())
-        soft, lookup = None, None
-        if mixing is not None and group is not None:
-            lookup = HardLookup(start, mixing, group, dtype)
-        elif mixing is not None:
-            soft = nn.Parameter(project(soften(start, mixing, dtype)).log())
-        self.lookup = lookup
-        self.register_parameter("log_matrix", soft)
-        self.register_buffer("index", start.clone() if mixing is None else None)
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether it is still being learned by a matrix."""
-        return self.index is None
-
-    def matrix(self) -> Tensor:
-        """M `[d, d]`, differentiable; only while soft and not looked up."""
-        assert self.log_matrix is not None
-        return balanced(self.log_matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Permute the last dimension of `x` `[..., d]`."""
-        if self.lookup is not None:
-            permuted: Tensor = self.lookup(x, self.start)
-            return permuted
-        if self.index is None:
-            return F.linear(x, self.matrix())
-        return x.index_select(-1, self.index)
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Bring the soft matrix back into the Birkhoff polytope after an optimizer step; a frozen one never left it."""
-        if self.lookup is not None:
-            self.lookup.project()
-            return
-        assert self.log_matrix is not None
-        if not self.log_matrix.requires_grad:
-            return
-        self.log_matrix.copy_(project(self.matrix()).log())
-
-    @torch.no_grad()
-    def rounded(self) -> Tensor:
-        """The index, int32 `[d]`; while soft, that in use or else the permutation nearest to the matrix."""
-        if self.lookup is not None:
-            return self.lookup.index
-        return nearest_permutation(self.matrix()) if self.index is None else self.index
-
-    def harden(self, index: Tensor) -> None:
-        """Drop the matrix and keep `index`."""
-        self.log_matrix = self.lookup = None
-        self.index = index.to(device=self.start.device, dtype=torch.int32)
-
-    @torch.no_grad()
-    def set_index(self, index: Tensor) -> None:
-        """Take another `index` int32 `[d]`; only where it is hard."""
-        assert self.index is not None
-        self.index.copy_(index)
-
-    @property
-    def moved(self) -> int:
-        """How many entries of the present (rounded) permutation differ from the assignment."""
-        return int((self.rounded() != self.assigned).sum())
-
-    @property
-    def moved_in_training(self) -> int:
-        """How many differ from where training began."""
-        return int((self.rounded() != self.start).sum())
 
 
 class SparseLinear(nn.Module):
@@ -298,18 +201,6 @@ def _on_gpu(structure: Structure, mask: Tensor, perm_in: Tensor | None, perm_out
     return TritonTraining(structure.name, structure.parameters(), mask, places, perm_in, perm_out)
 
 
-@dataclass(frozen=True)
-class SparseState:
-    """One trained layer, ready to be packed: S `[out, in]` zero outside `mask`, and hard permutations (or None)."""
-
-    structure: Structure
-    weight: Tensor
-    mask: Tensor
-    bias: Tensor | None
-    perm_in: Tensor | None
-    perm_out: Tensor | None
-
-
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """All sparse layers of a model by dotted name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
@@ -319,107 +210,3 @@ def mean_density(layers: Iterable[SparseLinear]) -> float:
     """The share of entries in the masks of all layers together."""
     sizes = [(layer.density, layer.mask.numel()) for layer in layers]
     return sum(density * size for density, size in sizes) / sum(size for _, size in sizes)
-
-
-def sparsify_modules(
-    student: nn.Module,
-    starts: Mapping[str, LayerStart],
-    plan: Plan,
-    recipe: Recipe,
-    teacher: nn.Module | None = None,
-) -> None:
-    """Swap every planned `nn.Linear` or `Conv1D` of `student` for a `SparseLinear` at its start, in place.
-
-    With permutations of kind "learned" the planned sides begin at the start's permutation (where it has none, those
-    that training may change begin at the identity), soft around it on the sides where the learner trains a matrix;
-    otherwise the start's permutations are taken as they are. Layers that share their input permutation hold the same
-    module. DynaDiag and the learner `projected` need `teacher`, whose dense weights are the latent values outside the
-    support.
-    """
-    shared: dict[str, Permutation] = {}
-    for planned in plan.layers:
-        start = starts[planned.name]
-        old = student.get_submodule(planned.name)
-        old_weight = old.get_parameter("weight")
-        dtype = old_weight.dtype
-        gates = latent = None
-        weight = start.weight
-        if recipe.support.method == "dynadiag":
-            gates, weight = DiagonalGates.from_start(start, _dense_weight(teacher, planned))
-        elif recipe.permutation.is_projected:
-            latent = Latent(planned.in_features, dtype)
-            dense = to_structure(_dense_weight(teacher, planned).to(start.weight), start.perm_in, start.perm_out)
-            weight = torch.where(start.mask, start.weight, dense)
-        perms = {
-            "input": _permutation("input", start.perm_in, start.assigned_in, planned, recipe, dtype),
-            "output": _permutation("output", start.perm_out, start.assigned_out, planned, recipe, dtype),
-        }
-        if planned.shared and perms["input"] is not None:
-            perms["input"] = shared.setdefault(planned.shared[0], perms["input"])
-        new = SparseLinear(
-            start.structure,
-            weight.to(dtype),
-            start.mask,
-            None if start.bias is None else start.bias.to(dtype),
-            perms["input"],
-            perms["output"],
-            gates,
-            latent,
-        )
-        new.train(old.training)
-        parent, _, leaf = planned.name.rpartition(".")
-        setattr(student.get_submodule(parent), leaf, new.to(old_weight.device))
-
-
-def _permutation(
-    side: str, index: Tensor | None, assigned: Tensor | None, planned: LayerPlan, recipe: Recipe, dtype: torch.dtype
-) -> Permutation | None:
-    """One side's permutation as training begins with it: to be learned, learned already, or as the start has it."""
-    choice = recipe.permutation
-    learned = choice.kind == "learned" and side in planned.sides
-    if learned and index is None and not choice.is_refined and side in planned.trained:
-        index = identity(planned.in_features if side == "input" else planned.out_features)
-    if index is None:
-        return None
-    if not learned:
-        return Permutation(index, mixing=None)
-    mixing = choice.mixing if choice.is_soft and side in planned.trained else None
-    made = Permutation(index, mixing=mixing, dtype=dtype, group=choice.lookup_group, assigned=assigned)
-    return made.requires_grad_(not choice.frozen)
-
-
-def _dense_weight(teacher: nn.Module | None, planned: LayerPlan) -> Tensor:
-    """The dense model's W `[out, in]` of a planned layer."""
-    if teacher is None:
-        raise ValueError("the dense model is needed for latent values")
-    dense = teacher.get_submodule(planned.name).get_parameter("weight").detach()
-    return dense.T if planned.transposed else dense
-
-
-def finished_layers(student: nn.Module) -> dict[str, SparseState]:
-    """What packing needs of every sparse layer, detached and on the CPU; a side that is still soft is rounded."""
-    finished: dict[str, SparseState] = {}
-    for name, layer in sparse_layers(student).items():
-        perms = {side: perm.rounded().cpu() for side, perm in layer.permutations()}
-        finished[name] = SparseState(
-            layer.structure,
-            layer.effective_weight().detach().cpu(),
-            layer.mask.cpu(),
-            None if layer.bias is None else layer.bias.detach().cpu(),
-            perms.get("input"),
-            perms.get("output"),
-        )
-    return finished
-
-
-def match_layout(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Harden, fold and settle what was so when the state was saved, so that its tensors find their places."""
-    for name, layer in sparse_layers(model).items():
-        for side, perm in layer.permutations():
-            key = f"{name}.perm_{'in' if side == 'input' else 'out'}.index"
-            if perm.is_soft and key in saved:
-                perm.harden(saved[key])
-        if layer.gates is not None and f"{name}.gates.scores" not in saved:
-            layer.gates = None
-        if layer.latent is not None and f"{name}.latent.squares" not in saved:
-            layer.latent = None

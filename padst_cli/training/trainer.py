@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -36,7 +35,8 @@ from padst_cli.training.projected import GRADIENT_EVERY, Projection
 from padst_cli.training.remembered import remember, worth_remembering
 from padst_cli.training.result import Progress, TrainResult, result_of
 from padst_cli.training.seeds import seeded
-from padst_cli.training.sparse_linear import match_layout, mean_density, sparse_layers
+from padst_cli.training.sentences import of_kernels, of_learned, of_resting
+from padst_cli.training.sparse_linear import mean_density, sparse_layers
 from padst_cli.training.state import (
     STATE_VERSION,
     StateStore,
@@ -46,7 +46,8 @@ from padst_cli.training.state import (
     restore_random_state,
     stop_on_signals,
 )
-from padst_cli.training.support import at_rest, fraction_at, is_due, move_support, next_mask
+from padst_cli.training.support import fraction_at, is_due, move_support, next_mask
+from padst_cli.training.swap import match_layout
 
 # Gradients of log M are as small as the entries of M: Adam's usual 1e-8 would hold the small ones still.
 _SOFT_EPSILON = 1e-15
@@ -145,8 +146,7 @@ class _Trainer:
         self._build_optimizer()
         self.average = Average(self.weights, self.recipe.training)
         if state is None:
-            self._tell_learned()
-            self._tell_resting()
+            self._tell_start()
         else:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -195,7 +195,7 @@ class _Trainer:
                 progress.seconds += time.perf_counter() - began
                 self._report(terms)
                 if not said:
-                    self._say_kernels()
+                    self._say(of_kernels(self.layers.values()))
                     said = True
                 last = progress.step == training.steps
                 if wants_stop and not last:
@@ -338,22 +338,18 @@ class _Trainer:
         for record in self.projection.settle(self.progress.step, self.optimizer):
             self._record(record)
 
-    def _tell_learned(self) -> None:
-        """Of the permutations that were learned before training."""
+    def _tell_start(self) -> None:
+        """Of permutations that were learned before training, and of supports that will rest against the intention."""
         records = learned_before(self.layers, self.recipe)
         for record in records:
             self._record(record)
-        if records:
-            words = f"{len(records)} permutations learned on the calibration data: {sum(r.moved for r in records):,}"
-            self.on_event(Message(f"{words} entries moved from the assignment"))
+        self._say(of_learned(records))
+        if not self.projection.layers:
+            self._say(of_resting(self.layers, self.recipe))
 
-    def _tell_resting(self) -> None:
-        """Of supports that will not move although they were to: a comparison of methods would compare nothing."""
-        support, layers = self.recipe.support, {} if self.projection.layers else self.layers
-        resting, why = at_rest(layers, support, self.recipe.training.steps)
-        if resting:
-            which = f"{len(resting)} of {len(layers)} layers, '{resting[0]}' for one"
-            self.on_event(Message(f"dst method '{support.method}' will not move the support of {which}: {why}"))
+    def _say(self, sentence: str | None) -> None:
+        if sentence:
+            self.on_event(Message(sentence))
 
     def _record(self, record: HardenedRecord) -> None:
         self.progress.hardened.append(record)
@@ -393,13 +389,6 @@ class _Trainer:
             penalties=self.hardener.penalties(),
             control=self.control,
         )
-
-    def _say_kernels(self) -> None:
-        """Tell what computes the sparse layers' products, so that nothing falls back unseen."""
-        names = Counter(layer.computed_by or "none: took no part" for layer in self.layers.values())
-        if names:
-            parts = ", ".join(f"{name} ({count} layers)" for name, count in names.most_common())
-            self.on_event(Message(f"sparse products in training by {parts}"))
 
     def _evaluate(self, evaluate: Evaluate) -> None:
         if self.accelerator.is_main_process:

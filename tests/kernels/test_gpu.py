@@ -17,7 +17,8 @@ from padst_kernels.gpu.layer import OPERATORS, TritonKernel
 
 from padst_cli.permutation.apply import random_permutation
 from padst_cli.structures import StructureOptions, structure_class
-from padst_cli.training.sparse_linear import Permutation, SparseLinear
+from padst_cli.training.permutation import Permutation
+from padst_cli.training.sparse_linear import SparseLinear
 from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
 from tests.runtime.test_packed_linear import make
 

@@ -12,7 +12,7 @@ from padst_cli.permutation.apply import random_permutation, to_structure
 from padst_cli.plan import make_plan
 from padst_cli.recipe import Recipe
 from padst_cli.training.objective import build_objective
-from padst_cli.training.sparse_linear import sparsify_modules
+from padst_cli.training.swap import sparsify_modules
 from padst_cli.training.trainer import train
 from tests import models
 

@@ -7,7 +7,8 @@ from padst_cli.errors import PadstError
 from padst_cli.events import SupportUpdated
 from padst_cli.recipe import Recipe, SupportRecipe
 from padst_cli.training.density import density_at, narrows
-from padst_cli.training.sparse_linear import finished_layers, sparse_layers
+from padst_cli.training.sparse_linear import sparse_layers
+from padst_cli.training.swap import finished_layers
 
 WIDE = SupportRecipe(start_density=0.9, density_until=0.5, every=10)
 

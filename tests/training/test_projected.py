@@ -14,15 +14,10 @@ from padst_cli.recipe import PermutationRecipe, Recipe
 from padst_cli.structures import StructureOptions, structure_class
 from padst_cli.training import trainer
 from padst_cli.training.latent import Latent
+from padst_cli.training.permutation import Permutation
 from padst_cli.training.projected import Projection, choose, saliency
-from padst_cli.training.sparse_linear import (
-    DENSE_PRODUCT,
-    Permutation,
-    SparseLinear,
-    finished_layers,
-    sparse_layers,
-    sparsify_modules,
-)
+from padst_cli.training.sparse_linear import DENSE_PRODUCT, SparseLinear, sparse_layers
+from padst_cli.training.swap import finished_layers, sparsify_modules
 
 OUT, IN = 48, 32
 STRUCTURES = ["diag", "nm", "block", "unstructured"]

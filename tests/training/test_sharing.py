@@ -14,8 +14,9 @@ from padst_cli.plan import make_plan
 from padst_cli.recipe import Recipe
 from padst_cli.training.hardening import Hardener
 from padst_cli.training.objective import build_objective
-from padst_cli.training.sparse_linear import finished_layers, sparse_layers, sparsify_modules
+from padst_cli.training.sparse_linear import sparse_layers
 from padst_cli.training.state import StateStore
+from padst_cli.training.swap import finished_layers, sparsify_modules
 from padst_cli.training.trainer import train
 from tests import models
 from tests.training.conftest import LENGTH, VOCABULARY, RandomWindows

@@ -9,7 +9,9 @@ from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.permutation.soft import balanced, matrix_of
 from padst_cli.structures import StructureOptions, structure_class, structure_names
 from padst_cli.training import sparse_linear
-from padst_cli.training.sparse_linear import DENSE_PRODUCT, Permutation, SparseLinear, finished_layers, sparse_layers
+from padst_cli.training.permutation import Permutation
+from padst_cli.training.sparse_linear import DENSE_PRODUCT, SparseLinear, sparse_layers
+from padst_cli.training.swap import finished_layers
 
 OUT, IN = 48, 32
 

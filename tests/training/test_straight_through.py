@@ -7,8 +7,10 @@ from padst_cli.events import Hardened, Step
 from padst_cli.permutation.apply import random_permutation
 from padst_cli.permutation.soft import matrix_of
 from padst_cli.training.hardening import Hardener
-from padst_cli.training.sparse_linear import Permutation, finished_layers, sparse_layers
+from padst_cli.training.permutation import Permutation
+from padst_cli.training.sparse_linear import sparse_layers
 from padst_cli.training.straight_through import HardLookup
+from padst_cli.training.swap import finished_layers
 
 WIDTH = 22
 

@@ -14,8 +14,9 @@ from padst_cli.errors import PadstError
 from padst_cli.events import Evaluated, Hardened, Message, Saved, Step, SupportUpdated
 from padst_cli.training.hardening import Hardener
 from padst_cli.training.objective import build_objective
-from padst_cli.training.sparse_linear import finished_layers, sparse_layers
+from padst_cli.training.sparse_linear import sparse_layers
 from padst_cli.training.state import StateStore
+from padst_cli.training.swap import finished_layers
 from padst_cli.training.trainer import make_accelerator, train
 
 
