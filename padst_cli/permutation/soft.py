@@ -49,11 +49,11 @@ def penalty(matrix: Tensor) -> Tensor:
     """Sum over rows and columns of (l1 norm - l2 norm), a scalar: 0 exactly where a doubly stochastic M is a
     permutation.
 
-    Source: equation 5 of AutoShuffleNet (Lyu et al., KDD 2020).
+    `matrix` `[d, d]` is nonnegative. Source: equation 5 of AutoShuffleNet (Lyu et al., KDD 2020).
     """
-    rows = matrix.abs().sum(1) - torch.linalg.vector_norm(matrix, dim=1)
-    columns = matrix.abs().sum(0) - torch.linalg.vector_norm(matrix, dim=0)
-    return rows.sum() + columns.sum()
+    # One square for both norms, and no absolute values: half the time of `torch.linalg.vector_norm` and its gradient.
+    squares = matrix.square()
+    return 2 * matrix.sum() - squares.sum(1).sqrt().sum() - squares.sum(0).sqrt().sum()
 
 
 def normalised_penalty(matrix: Tensor) -> Tensor:
@@ -66,15 +66,19 @@ def project(matrix: Tensor) -> Tensor:
     """A nonnegative matrix `[..., d, d]` brought to the Birkhoff polytope by normalising its rows and columns in turn.
 
     The alternation is Sinkhorn's (1967), run until every row sum is within 1e-5 of 1 right after the columns were
-    normalised. No entry is left at zero: it could never grow again.
+    normalised. No entry is left at zero: it could never grow again. What alternates are the factors of rows and columns
+    `[..., d, 1]`; the matrix is only read, and scaled once.
     """
     matrix = matrix.clamp(min=_FLOOR / matrix.shape[-1])
+    sums = matrix.sum(-1, keepdim=True)
     for _ in range(_MAX_SWEEPS):
-        matrix /= matrix.sum(-1, keepdim=True)
-        matrix /= matrix.sum(-2, keepdim=True)
-        if (matrix.sum(-1) - 1.0).abs().max() < _TOLERANCE:
+        rows = sums.reciprocal()
+        columns = (matrix.mT @ rows).reciprocal()
+        sums = matrix @ columns
+        least, most = (sums * rows).aminmax()
+        if max(1.0 - float(least), float(most) - 1.0) < _TOLERANCE:
             break
-    return matrix
+    return matrix * rows * columns.mT
 
 
 @torch.no_grad()

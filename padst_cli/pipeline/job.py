@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from padst_cli.checkpoint.reader import Source, load_processor, open_source
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
@@ -16,6 +16,7 @@ from padst_cli.errors import PadstError
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.plan import Plan
 from padst_cli.recipe import FILLED_IN, LEARNING_RATES, Recipe, TrainingRecipe
+from padst_cli.training.objective import Objective, build_objective
 
 _SPLIT_BY_ITSELF = ("python-source", "hf:")
 
@@ -43,6 +44,17 @@ class Job:
         ]
         inputs = ("input_ids", "pixel_values", "attention_mask")
         return [{key: batch[key].to(device) for key in inputs if key in batch} for batch in batches]
+
+    def objective(self, teacher: nn.Module | None) -> Objective:
+        """What training minimises; without `teacher` the task's own loss."""
+        tokenizer = self.processor if self.source.modality == "text" else None
+        return build_objective(
+            self.source.task,
+            self.recipe.training,
+            teacher,
+            mask_id=getattr(tokenizer, "mask_token_id", None),
+            vocabulary=None if tokenizer is None else len(tokenizer),
+        )
 
 
 def open_job(model: str, recipe: Recipe) -> Job:

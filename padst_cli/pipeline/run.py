@@ -28,7 +28,6 @@ from padst_cli.pipeline.finish import environment, finish_run
 from padst_cli.pipeline.job import Job, open_job
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, load_recipe
-from padst_cli.training.objective import Objective, build_objective
 from padst_cli.training.result import TrainResult
 from padst_cli.training.state import StateStore
 from padst_cli.training.swap import sparsify_modules
@@ -204,7 +203,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return train(
             student,
-            self._objective(None if control else teacher),
+            self.job.objective(None if control else teacher),
             self.job.items,
             self.recipe,
             self.accelerator,
@@ -213,16 +212,6 @@ class _Run:
             resume=resume,
             evaluate=None if control else self._evaluator(teacher),
             control=control,
-        )
-
-    def _objective(self, teacher: nn.Module | None) -> Objective:
-        tokenizer = self.job.processor if self.job.source.modality == "text" else None
-        return build_objective(
-            self.job.source.task,
-            self.recipe.training,
-            teacher,
-            mask_id=getattr(tokenizer, "mask_token_id", None),
-            vocabulary=None if tokenizer is None else len(tokenizer),
         )
 
     def _dense_control(self, teacher: nn.Module) -> EvalResult | None:

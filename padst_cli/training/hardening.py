@@ -95,8 +95,12 @@ class Hardener:
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
-        """The normalised penalty of every `penalised` permutation."""
-        return {label: float(normalised_penalty(perm.matrix())) for label, perm in self.penalised.items()}
+        """The normalised penalty of every `penalised` permutation, as the last projection left it."""
+        soft = self.penalised
+        if not soft:
+            return {}
+        found = torch.stack([normalised_penalty(perm.projected()) for perm in soft.values()])
+        return dict(zip(soft, found.tolist(), strict=True))  # one wait for the device
 
     def project(self, done: int) -> None:
         """Bring all matrices back into the Birkhoff polytope after optimizer step `done`, and renew indices in use.

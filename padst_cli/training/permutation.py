@@ -52,6 +52,12 @@ class Permutation(nn.Module):
         assert self.log_matrix is not None
         return balanced(self.log_matrix)
 
+    @torch.no_grad()
+    def projected(self) -> Tensor:
+        """M `[d, d]` as `project` left it, which balancing would not change; only while soft and not looked up."""
+        assert self.log_matrix is not None
+        return self.log_matrix.exp()
+
     def forward(self, x: Tensor) -> Tensor:
         """Permute the last dimension of `x` `[..., d]`."""
         if self.lookup is not None:

@@ -89,12 +89,14 @@ def train(
     not divide, a loss that is not finite, or a state that does not fit, and `Interrupted` after SIGINT or SIGTERM, once
     the state is saved.
     """
-    trainer = _Trainer(model, objective, dataset, recipe, accelerator, store, on_event, evaluate, control)
+    trainer = Trainer(model, objective, dataset, recipe, accelerator, store, on_event, evaluate, control)
     trainer.start(resume)
     return trainer.run()
 
 
-class _Trainer:
+class Trainer:
+    """One run of `train`, whose arguments these are: `start` it, then `run` it, or `step` by step beside others."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,10 +104,10 @@ class _Trainer:
         dataset: Items,
         recipe: Recipe,
         accelerator: Accelerator,
-        store: StateStore | None,
-        on_event: OnEvent,
-        evaluate: Evaluate | None,
-        control: bool,
+        store: StateStore | None = None,
+        on_event: OnEvent = ignore,
+        evaluate: Evaluate | None = None,
+        control: bool = False,
     ) -> None:
         parts = accelerator.num_processes * recipe.training.accumulation
         if recipe.training.batch_size % parts:
@@ -191,7 +193,7 @@ class _Trainer:
         with stop_on_signals() as stop, kept_memory(self.accelerator.device):
             while progress.step < training.steps:
                 began = time.perf_counter()
-                terms, wants_stop = self._step(stop)
+                terms, wants_stop = self.step(stop)
                 progress.seconds += time.perf_counter() - began
                 self._report(terms)
                 if not said:
@@ -211,7 +213,7 @@ class _Trainer:
         if left and worth_remembering(self.objective, len(self.dataset), self.recipe.training):
             self.remembered = remember(self.objective, self.dataset, self.rows, self.accelerator, self.on_event)
 
-    def _step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
+    def step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """One optimizer step: the loss's terms, averaged over all processes, and whether any of these wants to stop."""
         index = self.progress.step
         self._anneal(index)
