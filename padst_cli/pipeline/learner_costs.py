@@ -77,9 +77,7 @@ def learner_costs(
             batches = job.calibration_batches(accelerator.device)
             starts = initialise(teacher, copy.deepcopy(teacher), job.plan, batches, job.recipe, on_event)
         sparsify_modules(student, starts, job.plan, job.recipe, teacher)
-        runs[name] = Trainer(
-            student, job.objective(teacher), job.items, job.recipe, accelerator, None, ignore, None, False
-        )
+        runs[name] = Trainer(student, job.objective(teacher), job.items, job.recipe, accelerator)
         runs[name].start(resume=False)
         student.train()
     with kept_memory(accelerator.device):
