@@ -48,3 +48,18 @@ def test_lazy_names():
     assert {"load", "sparsify", "evaluate", "export"} <= set(dir(padst_cli))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = padst_cli.nonsense
+
+
+def test_an_interrupt_while_the_command_is_imported_is_quiet():
+    script = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'padst_cli.commands':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from padst_cli.__main__ import main\n"
+        "main()\n"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "")
