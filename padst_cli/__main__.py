@@ -1,4 +1,4 @@
-"""The `padst` command, and `python -m padst_cli` for launchers that start modules (`accelerate launch -m padst_cli`)."""
+"""The `padst` command, and `python -m padst_cli` for launchers that start modules (`accelerate launch -m ...`)."""
 
 import sys
 
