@@ -12,7 +12,6 @@ from padst_cli.errors import PadstError
 from padst_cli.pipeline import learner_costs
 from padst_cli.recipe import Recipe
 from padst_cli.training.trainer import Trainer
-from tests.cli.conftest import gpt2, heldout_text, tokenizer, train_text  # noqa: F401
 
 
 def recipe_of(data: Path, **changes: object) -> Recipe:
@@ -28,8 +27,8 @@ def recipe_of(data: Path, **changes: object) -> Recipe:
 
 
 def test_all_learners_go_step_by_step_from_one_order(
-    gpt2: Path,  # noqa: F811
-    train_text: Path,  # noqa: F811
+    gpt2: Path,
+    train_text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     began, done = [], []
@@ -63,7 +62,7 @@ def test_all_learners_go_step_by_step_from_one_order(
         assert all(torch.equal(one, two) for one, two in zip(began[0], other, strict=True))
 
 
-def test_the_command(gpt2: Path, train_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command(gpt2: Path, train_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(recipe_of(train_text).to_yaml(), encoding="utf-8")
     given = [str(gpt2), "--recipe", str(path), "--steps", "4", "--structure", "nm", "--device", "cpu"]
