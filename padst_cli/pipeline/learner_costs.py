@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.errors import PadstError
-from padst_cli.events import OnEvent, ignore
+from padst_cli.events import Event, Message, OnEvent, ignore
 from padst_cli.initialise import LayerStart, initialise
 from padst_cli.pipeline.job import Job, open_job
 from padst_cli.recipe import Recipe, load_recipe
@@ -81,7 +81,7 @@ def learner_costs(
         runs[name].start(resume=False)
         student.train()
     with kept_memory(accelerator.device):
-        seconds = _in_turns(runs, steps, accelerator.device)
+        seconds = _in_turns(runs, steps, accelerator.device, on_event)
     learning = max(_WARM_UP + 1, round(recipe.permutation.deadline * steps))
     return [_cost(name, seconds, learning) for name in runs]
 
@@ -91,10 +91,14 @@ def _job(model: str, recipe: Recipe, learner: str) -> Job:
     return open_job(model, recipe.updated(changes))
 
 
-def _in_turns(runs: Mapping[str, Trainer], steps: int, device: torch.device) -> dict[str, list[float]]:
+def _in_turns(
+    runs: Mapping[str, Trainer], steps: int, device: torch.device, on_event: OnEvent
+) -> dict[str, list[float]]:
     """Seconds of every step of every run, without those of the warm-up."""
     stop, seconds = StopRequest(), {name: list[float]() for name in runs}
     for step in range(steps):
+        if step % 10 == 0:
+            on_event(Message(f"step {step + 1} of {steps} of each run"))
         for name, run in runs.items():
             began = time.perf_counter()
             run.step(stop)
@@ -117,10 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     changes = {"structure": given.structure, "sparsity": given.sparsity, "training.steps": given.steps}
     try:
         recipe = load_recipe(given.recipe).updated({key: value for key, value in changes.items() if value is not None})
-        found = learner_costs(given.model, recipe, given.learners, device=given.device)
+        found = learner_costs(given.model, recipe, given.learners, device=given.device, on_event=_tell)
     except PadstError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if given.json:
         print(json.dumps([asdict(each) for each in found]))
         return 0
@@ -128,6 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in found:
         print(f"| {each.learner} | {each.step_ms:.0f} ms | {each.ratio:.3f} | {each.learning:.2f} |")
     return 0
+
+
+def _tell(event: Event) -> None:
+    if isinstance(event, Message):
+        print(event.text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

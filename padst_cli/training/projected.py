@@ -104,7 +104,7 @@ class Projection:
 
     def is_due(self, done: int) -> bool:
         """Whether orders and supports are chosen anew in the step that follows `done` finished ones."""
-        return bool(self.layers) and done > 0 and done % self.recipe.support.every == 0
+        return done > 0 and done % self.recipe.support.every == 0
 
     def is_over(self, done: int) -> bool:
         """Whether latent values have had their share of the run after `done` steps."""
