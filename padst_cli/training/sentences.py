@@ -19,9 +19,9 @@ def of_learned(records: Sequence[HardenedRecord]) -> str | None:
     return f"{words}: {sum(record.moved for record in records):,} entries moved from the assignment"
 
 
-def of_resting(layers: Mapping[str, SparseLinear], recipe: Recipe) -> str | None:
-    """Which supports will not move although they were to, for a comparison of methods would compare nothing."""
-    resting, why = at_rest(layers, recipe.support, recipe.training.steps)
+def of_resting(layers: Mapping[str, SparseLinear], recipe: Recipe, done: int = 0) -> str | None:
+    """Which supports will not move after `done` steps although they were to: a comparison of methods needs to know."""
+    resting, why = at_rest(layers, recipe.support, recipe.training.steps, done)
     if not resting:
         return None
     which = f"{len(resting)} of {len(layers)} layers, '{resting[0]}' for one"

@@ -31,18 +31,21 @@ def fraction_at(recipe: SupportRecipe, done: int, steps: int) -> float:
     return recipe.fraction / 2 * (1 + math.cos(math.pi * done / (recipe.until * steps)))
 
 
-def at_rest(layers: Mapping[str, SparseLinear], recipe: SupportRecipe, steps: int) -> tuple[list[str], str]:
-    """(names of layers whose support no update of the run will move, why); without names where all is as asked.
+def at_rest(
+    layers: Mapping[str, SparseLinear], recipe: SupportRecipe, steps: int, done: int = 0
+) -> tuple[list[str], str]:
+    """(names of layers whose support no update after `done` steps will move, why); none where all is as asked.
 
-    The first update moves most: where it comes too late, or its share of a layer's units rounds to none, none will.
+    The next update moves most: where it comes too late, or its share of a layer's units rounds to none, none will.
     """
     chosen_anew = recipe.method == "dynadiag" or recipe.start_density is not None
     if recipe.method == "static" or chosen_anew or not steps:
         return [], ""
-    if not is_due(recipe, recipe.every, steps):
+    following = recipe.every * max(1, math.ceil(done / recipe.every))
+    if not is_due(recipe, following, steps):
         last = math.ceil(recipe.until * steps)
         return list(layers), f"updates come every {recipe.every} steps and end before step {last}"
-    fraction = fraction_at(recipe, recipe.every, steps)
+    fraction = fraction_at(recipe, following, steps)
     few = [name for name, layer in layers.items() if _count(layer.structure.units_of(layer.mask), fraction) == 0]
     return few, f"the share {fraction:.3g} of its units, which an update moves at most, rounds to none"
 

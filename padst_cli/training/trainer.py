@@ -295,6 +295,7 @@ class Trainer:
         support, share = self.recipe.support, index / self.recipe.training.steps
         if self.projection.is_over(index):
             self._settle()
+            self._say(of_resting(self.layers, self.recipe, index))
         for layer in self.layers.values():
             if layer.gates is None:
                 continue

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from padst_cli.errors import PadstError
-from padst_cli.events import Hardened, Step, SupportUpdated
+from padst_cli.events import Hardened, Message, Step, SupportUpdated
 from padst_cli.permutation.apply import from_structure, identity, random_permutation, to_structure
 from padst_cli.permutation.assignment import kept_share
 from padst_cli.plan import make_plan
@@ -265,6 +265,15 @@ def test_the_dst_method_takes_over_at_the_deadline(bench, events, method):
     for layer in sparse_layers(student).values():
         assert not layer.weight[~layer.mask].any()
         assert layer.structure.is_feasible(layer.structure.units_of(layer.mask))
+
+
+@pytest.mark.parametrize(("until", "rests"), [(0.9, False), (0.6, True)])
+def test_a_method_that_takes_over_too_late_to_move_anything_says_so(bench, events, until, rests):
+    changes = {"support.method": "rigl", "support.every": 4, "support.until": until}
+    bench.train(bench.recipe(**{"permutation.learner": "projected", **changes}), on_event=events.append)
+    said = [event.text for event in events if isinstance(event, Message) and "will not move the support" in event.text]
+    assert len(said) == rests
+    assert [event.step for event in events if isinstance(event, SupportUpdated)] == ([5] if rests else [5, 9])
 
 
 def test_two_kinds_of_latent_values_are_refused():

@@ -125,17 +125,25 @@ def test_nothing_outside_the_support_moves_in_training(bench, structure):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "every", "resting"), [(0.05, 5, ["small"]), (0.3, 5, []), (0.3, 80, ["small", "large"])]
+    ("fraction", "every", "done", "resting"),
+    [
+        (0.05, 5, 0, ["small"]),
+        (0.3, 5, 0, []),
+        (0.3, 80, 0, ["small", "large"]),
+        (0.3, 5, 60, ["small"]),
+        (0.3, 30, 60, ["small"]),
+        (0.3, 30, 61, ["small", "large"]),
+    ],
 )
-def test_supports_that_no_update_will_move_are_known_beforehand(fraction, every, resting):
+def test_supports_that_no_update_will_move_are_known_beforehand(fraction, every, done, resting):
     layers = {"small": layer_of("block", 64, 48), "large": layer_of("unstructured")}
     recipe = SupportRecipe(fraction=fraction, every=every)
-    found, why = at_rest(layers, recipe, 100)
+    found, why = at_rest(layers, recipe, 100, done)
     assert (found, bool(why)) == (resting, True)
-    updates = [done for done in range(100) if is_due(recipe, done, 100)]
+    updates = [step for step in range(done, 100) if is_due(recipe, step, 100)]
     for name, layer in layers.items():
         layer.weight.grad = (~layer.mask).float()  # whatever is dropped, others come in its place
-        masks = [next_mask(layer, recipe, fraction_at(recipe, done, 100), seeded(0, 1, 2)) for done in updates]
+        masks = [next_mask(layer, recipe, fraction_at(recipe, step, 100), seeded(0, 1, 2)) for step in updates]
         assert any(not torch.equal(mask, layer.mask) for mask in masks) == (name not in found)
 
 
