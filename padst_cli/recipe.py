@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from padst_cli.document import Document, Strict, dotted, read_mapping
 
@@ -144,7 +144,7 @@ class SupportRecipe(Strict):
     fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     until: float = Field(default=0.75, ge=0.0, le=1.0)
     mest_gamma: float = Field(default=1.0, ge=0.0)
-    dynadiag_temperature: tuple[float, float] = (1.0, 0.05)
+    dynadiag_temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 0.05)
     start_density: float | None = Field(default=None, gt=0.0, le=1.0)
     density_until: float = Field(default=0.5, gt=0.0, lt=1.0)
 

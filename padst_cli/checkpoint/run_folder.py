@@ -106,7 +106,10 @@ class RunFolder:
         return events
 
     def rewind_log(self, step: int, control: bool) -> None:
-        """Forget training events after `step` of the phase that resumes (they will happen again)."""
+        """Forget training events after `step` of the phase that resumes (they will happen again).
+
+        The control begins when training is done, so what it logged stays when that phase, finished, is taken up again.
+        """
         if not self.main:
             return
         kept: list[dict[str, Any]] = []
@@ -115,8 +118,6 @@ class RunFolder:
             if event["event"] == "PhaseStarted" and event.get("phase") == "dense control":
                 in_control = True
             if in_control == control and event["event"] in _TRAINING_EVENTS and event["step"] > step:
-                continue
-            if in_control and not control:
                 continue
             kept.append(event)
         write_atomically(self.path / LOG, "".join(json.dumps(event) + "\n" for event in kept))

@@ -7,6 +7,7 @@ model alone and keep the number of nonzeros of a uniform density.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -39,8 +40,8 @@ def allocate(
 ) -> dict[str, float]:
     """The density of every planned layer by name, after `recipe.allocation` ("owl" or "error").
 
-    `plan` is that of a uniform density. Layers that see no calibration input keep it. Raises `PadstError` where `--nm`
-    leaves nothing to split, and as `initialise` does.
+    `plan` is that of a uniform density. Layers without an error to tell (no calibration input, zero weights) keep it.
+    Raises `PadstError` where `--nm` leaves nothing to split, and as `initialise` does.
     """
     if recipe.nm is not None:
         raise PadstError(f"--allocation {recipe.allocation} needs freedom: leave out --nm {recipe.nm}")
@@ -129,7 +130,7 @@ def bounded_shifts(shares: Mapping[str, float], sizes: Mapping[str, int], bound:
 
 @dataclass(frozen=True)
 class Curve:
-    """Relative errors of one layer of `entries` weights: (nonzeros, error) pairs, none where no input was seen."""
+    """Relative errors of one layer of `entries` weights: (nonzeros, error) pairs, none where all outputs are zero."""
 
     entries: int
     points: tuple[tuple[int, float], ...] = field(default=())
@@ -149,7 +150,9 @@ def _curve(model: nn.Module, layer: LayerPlan, statistics: InputStatistics, reci
         if structure.nonzeros not in points:
             alone = replace(layer, structure=structure, shared=())
             ((start, _),) = start_layers([alone], [dense_layer(model, layer)], statistics, recipe)
-            points[structure.nonzeros] = start.error
+            # Of outputs that are all zero no share is missing or kept: the error is NaN at every density.
+            if math.isfinite(start.error):
+                points[structure.nonzeros] = start.error
     return Curve(entries, tuple(sorted(points.items())))
 
 

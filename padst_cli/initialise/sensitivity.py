@@ -59,7 +59,8 @@ def _watch(module: nn.Module, inputs: Any, output: Tensor, *, sums: dict[str, Te
         sums[name] = sums[name] + squares if name in sums else squares
 
     watched.register_hook(add)
-    return watched
+    # A model may go on in place (`mlp_output += residual`), which a leaf does not bear.
+    return watched.clone() if watched.is_leaf else watched
 
 
 def _surprise(output: Any, batch: Inputs, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from padst_cli.checkpoint.reader import Source, load_processor, open_source
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
-from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices
+from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame
 from padst_cli.errors import PadstError
+from padst_cli.evaluation.text import max_positions
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.plan import Plan
 from padst_cli.recipe import FILLED_IN, LEARNING_RATES, Recipe, TrainingRecipe
@@ -48,12 +49,14 @@ class Job:
     def objective(self, teacher: nn.Module | None) -> Objective:
         """What training minimises; without `teacher` the task's own loss."""
         tokenizer = self.processor if self.source.modality == "text" else None
+        before, after = ([], []) if tokenizer is None else token_frame(tokenizer)
         return build_objective(
             self.source.task,
             self.recipe.training,
             teacher,
             mask_id=getattr(tokenizer, "mask_token_id", None),
             vocabulary=None if tokenizer is None else len(tokenizer),
+            frame=(len(before), len(after)),
         )
 
 
@@ -120,7 +123,8 @@ def _items(
     if isinstance(corpus, ImageCorpus):
         return ImageItems(corpus, processor)
     length = recipe.training.max_seq_length
-    positions = getattr(source.config, "max_position_embeddings", None)
+    # A tokenizer may know less of a language model than its configuration, of an encoder it knows more.
+    positions = max_positions(source, None if source.task == "causal-lm" else processor)
     if positions is not None and length > positions:
         raise PadstError(f"--max-seq-length {length} is longer than the {positions} positions of '{source.name}'")
     return TokenWindows.from_corpus(corpus, processor, length)

@@ -6,15 +6,13 @@ enters with the gate `min(1, k softmax(score / T)_j)` and T falls over the run (
 differs here, because we start from a pretrained model and promise an exactly sparse forward pass:
 
 - only the k best-scored diagonals enter the forward pass; the others get a gradient of their score as if their gate
-multiplied
-  their latent values (straight-through), so they can climb into the top k;
+  multiplied their latent values (straight-through), so they can climb into the top k;
 - latent values of a diagonal that was never active are the dense model's own, and they rest while the diagonal is
-inactive;
+  inactive;
 - scores start so that the support is the calibrated one with gates of 0.9, and the weights are divided by them: the
-model starts
-  unchanged;
+  model starts unchanged. Scores are in units of the first temperature for that, so only the ratio of the two counts;
 - the top k is taken every `support.every` steps, and at the share `support.until` the gates are multiplied into the
-weights.
+  weights.
 """
 
 from __future__ import annotations
@@ -52,7 +50,10 @@ class _Gated(torch.autograd.Function):
 
 
 class DiagonalGates(nn.Module):
-    """The scores of all diagonals (or bands) of one layer, float `[1, units]`, and their gates at `temperature`."""
+    """The scores of all diagonals (or bands) of one layer, float `[1, units]`, and their gates at `temperature`.
+
+    It is 1 at the start, whatever the recipe's first one is.
+    """
 
     def __init__(self, structure: Diagonal, scores: Tensor) -> None:
         super().__init__()

@@ -151,23 +151,33 @@ class MaskedLM(Objective):
     """Cross-entropy of masked tokens: 15 % of every row, of which 80 % read [MASK], 10 % a random token (Devlin et al.,
     2019).
 
-    Every row has equally many, so that rows weigh the same however a batch is split.
+    Every row has equally many, so that rows weigh the same however a batch is split. The `frame` is how many tokens at
+    the beginning and the end of a row are special ones ([CLS], [SEP]), which are never masked.
     """
 
-    def __init__(self, recipe: TrainingRecipe, teacher: nn.Module | None, mask_id: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        teacher: nn.Module | None,
+        mask_id: int,
+        vocabulary: int,
+        frame: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__(recipe, teacher)
         self.mask_id = mask_id
         self.vocabulary = vocabulary
+        self.frame = frame
 
     def prepare(self, batch: Batch, seed: int, step: int, first_row: int) -> Batch:
         """Mask the rows: a pure function of (seed, step, row), whatever process the row falls to."""
         ids = batch["input_ids"].clone()
         labels = torch.full_like(ids, IGNORED)
-        length = ids.shape[1]
+        before, after = self.frame
+        length = ids.shape[1] - before - after
         count = max(1, round(_MASK_SHARE * length))
         for row in range(ids.shape[0]):
             generator = seeded(seed, step, first_row + row)
-            chosen = torch.randperm(length, generator=generator)[:count]
+            chosen = before + torch.randperm(length, generator=generator)[:count]
             labels[row, chosen] = ids[row, chosen]
             kind = torch.rand(count, generator=generator)
             noise = torch.randint(self.vocabulary, (count,), generator=generator)
@@ -273,11 +283,13 @@ def build_objective(
     *,
     mask_id: int | None = None,
     vocabulary: int | None = None,
+    frame: tuple[int, int] = (0, 0),
 ) -> Objective:
     """The objective of a task ("causal-lm", "masked-lm", "image-classification", "encoder").
 
     `teacher` is used where `recipe.distill` is on. `mask_id` and `vocabulary` (the tokenizer's mask token and the
-    number of tokens) are needed for "masked-lm". Raises `PadstError` where there is nothing to learn from.
+    number of tokens) are needed for "masked-lm", which leaves the `frame` of a window alone. Raises `PadstError` where
+    there is nothing to learn from.
     """
     teacher = teacher if recipe.distill else None
     if task == "causal-lm":
@@ -289,5 +301,5 @@ def build_objective(
     if task == "masked-lm":
         if mask_id is None or vocabulary is None:
             raise PadstError("this tokenizer has no mask token, so a masked language model cannot be trained with it")
-        return MaskedLM(recipe, teacher, mask_id, vocabulary)
+        return MaskedLM(recipe, teacher, mask_id, vocabulary, frame)
     raise ValueError(f"unknown task '{task}'")

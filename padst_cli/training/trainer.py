@@ -260,11 +260,19 @@ class Trainer:
                 self.accelerator.backward(self.hardener.penalty_weight(index) * penalty)
             sums["penalty"] = penalty.detach()
         if self.accelerator.num_processes > 1:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            self._average_gradients()
             self.projection.average()
         return sums
+
+    def _average_gradients(self) -> None:
+        """The mean over all processes; a parameter that some of them did not use has a gradient of zero there."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        used = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+        counts = self.accelerator.reduce(used.to(self.accelerator.device), "sum").tolist()
+        for parameter, count in zip(trained, counts, strict=True):
+            if count:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def _rows_of(self, index: int, part: int) -> Batch:
         """This process's rows of accumulation part `part` of the global batch of step `index`, on its device."""
@@ -296,10 +304,11 @@ class Trainer:
         if self.projection.is_over(index):
             self._settle()
             self._say(of_resting(self.layers, self.recipe, index))
+        first = temperature_at(0.0, support.until, *support.dynadiag_temperature)
         for layer in self.layers.values():
             if layer.gates is None:
                 continue
-            layer.gates.temperature = temperature_at(share, support.until, *support.dynadiag_temperature)
+            layer.gates.temperature = temperature_at(share, support.until, *support.dynadiag_temperature) / first
             if share >= support.until:
                 forget_parameter(self.optimizer, layer.gates.scores)
                 layer.fold_gates()

@@ -12,6 +12,7 @@ import pytest
 from padst_cli.checkpoint.run_folder import RunFolder
 from padst_cli.checkpoint.writer import write_atomically
 from padst_cli.errors import PadstError
+from padst_cli.events import Evaluated, Event, PhaseStarted, Step
 
 
 @pytest.fixture
@@ -33,6 +34,27 @@ def finished(path: Path) -> RunFolder:
     for name in ("config.json", "model.safetensors"):
         (built / name).write_text(name)
     return folder
+
+
+def step(number: int, control: bool) -> Step:
+    return Step(number, 30, 1.0, 1e-3, 0, 0, 1.0, number, {}, {}, control)
+
+
+def test_a_control_that_goes_on_keeps_what_was_logged_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin("structure: diag\n")
+    training: list[Event] = [PhaseStarted("train", 30), *(step(number, False) for number in (10, 20, 30))]
+    control: list[Event] = [PhaseStarted("dense control", 30), *(step(number, True) for number in (10, 20))]
+    for event in (*training, Evaluated(30, "perplexity", 2.0, "final"), *control):
+        folder.log(event)
+    before = folder.events()
+    folder.rewind_log(30, control=False)  # training is taken up again at its end, then the control in its middle
+    folder.rewind_log(20, control=True)
+    assert folder.events() == before
+    folder.rewind_log(10, control=True)
+    assert folder.events() == before[:-1]
+    folder.rewind_log(30, control=False)
+    assert folder.events() == before[:-1]
 
 
 def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:

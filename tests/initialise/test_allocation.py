@@ -1,13 +1,14 @@
 """Densities that follow the data keep the budget and go where the numbers say."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from padst_cli.errors import PadstError
-from padst_cli.events import Message
+from padst_cli.events import Message, ignore
 from padst_cli.initialise import allocate
 from padst_cli.initialise.allocation import SPREAD, Curve, bounded_shifts, outlier_share, split_budget
 from padst_cli.plan import make_plan
@@ -126,6 +127,24 @@ def test_error_allocation_lowers_the_summed_error(make_model, make_batches):
         raise AssertionError(name)
 
     assert sum(interpolated(name) for name in layers) < at_uniform
+
+
+def test_a_layer_without_an_error_keeps_its_density_and_misleads_no_other(make_model, make_batches):
+    model, batches = make_model("llama"), make_batches("llama")
+    recipe = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "none", "allocation": "error"})
+    plan = make_plan(model, recipe)
+    dead = {plan.layers[0].name, plan.layers[-1].name}
+    with torch.no_grad():
+        for name in dead:
+            model.get_submodule(name).weight.zero_()
+    densities = allocate(model, plan, batches, recipe, ignore)
+    assert [densities[name] for name in dead] == pytest.approx([0.4, 0.4])
+    assert budget(plan, densities) == pytest.approx(0.4, abs=1e-6)
+    # Without them the others get the same: they were told nothing by what they cannot be compared with.
+    others = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in dead))
+    assert allocate(model, others, batches, recipe, ignore) == pytest.approx(
+        {name: density for name, density in densities.items() if name not in dead}
+    )
 
 
 def test_a_fixed_nm_leaves_nothing_to_split(make_model, make_batches):

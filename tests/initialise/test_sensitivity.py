@@ -63,6 +63,25 @@ def test_of_hidden_states_it_is_the_squared_jacobian() -> None:
     torch.testing.assert_close(found, (expected / expected.mean()).detach(), rtol=0.06, atol=0.0)
 
 
+def test_outputs_that_the_model_changes_in_place_are_watched_all_the_same() -> None:
+    class InPlace(_TwoLayers):
+        def forward(self, features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> _Output:
+            del attention_mask
+            value = self.one(features)
+            value += 1.0
+            return _Output(last_hidden_state=self.two(torch.tanh(value)))
+
+    torch.manual_seed(0)
+    model = InPlace(headless=True)
+    batch = {"features": torch.randn(2, 30, 5)}
+    found = output_sensitivity(model, ["one", "two"], [batch], seed=0)
+    with torch.no_grad():
+        model.one.bias += 1.0
+    plain = _TwoLayers(headless=True)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(found, output_sensitivity(plain, ["one", "two"], [batch], seed=0))
+
+
 def test_masked_tokens_do_not_count() -> None:
     torch.manual_seed(0)
     model = _TwoLayers(headless=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from padst_cli.errors import PadstError
-from padst_cli.events import SupportUpdated
+from padst_cli.events import Step, SupportUpdated
 from padst_cli.initialise.start import LayerStart
 from padst_cli.permutation.apply import random_permutation, to_structure
 from padst_cli.structures import StructureOptions, structure_class
@@ -85,6 +85,26 @@ def test_the_temperature_falls_along_a_cosine_and_stays_at_its_end():
     assert temperature_at(0.4, 0.8, 1.0, 0.05) == pytest.approx(0.525)
     assert temperature_at(0.8, 0.8, 1.0, 0.05) == pytest.approx(0.05)
     assert temperature_at(1.0, 0.8, 1.0, 0.05) == pytest.approx(0.05)
+
+
+def test_only_the_ratio_of_the_temperatures_counts(bench):
+    weights = []
+    for temperatures in ((1.0, 0.05), (2.0, 0.1), (1.0, 0.1)):
+        changes = {"support.method": "dynadiag", "support.dynadiag_temperature": temperatures}
+        student, _ = bench.train(bench.recipe(**changes, **{"permutation.kind": "assignment"}))
+        weights.append(torch.cat([layer.weight.detach().flatten() for layer in sparse_layers(student).values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("until", [0.0, 0.75])
+def test_a_run_begins_with_the_calibrated_weights(bench, events, until):
+    kept = {"permutation.kind": "assignment"}
+    changes = {"support.method": "dynadiag", "support.until": until, "support.dynadiag_temperature": (0.5, 0.1)}
+    bench.train(bench.recipe(**changes, **kept), on_event=events.append)
+    bench.train(bench.recipe(**{"support.method": "static"}, **kept), on_event=events.append)
+    first = [event.loss for event in events if isinstance(event, Step) and event.step == 1]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
 def test_other_structures_are_refused():

@@ -69,6 +69,16 @@ def test_masking_depends_on_seed_step_and_row_and_not_on_how_the_batch_is_cut(id
     assert torch.equal(whole["input_ids"][~chosen], ids[~chosen])
 
 
+def test_what_frames_a_text_is_never_masked():
+    ids = torch.randint(5, 30, (200, 16))
+    objective = build_objective("masked-lm", TrainingRecipe(), None, mask_id=39, vocabulary=30, frame=(1, 2))
+    batch = objective.prepare({"input_ids": ids}, 0, 0, 0)
+    chosen = batch["labels"] != IGNORED
+    assert torch.equal(batch["input_ids"][:, [0, 14, 15]], ids[:, [0, 14, 15]])
+    assert chosen.sum(1).tolist() == [2] * 200
+    assert chosen.any(0).tolist() == [False, *[True] * 13, False, False]
+
+
 def test_masked_tokens_mostly_read_the_mask_token():
     ids = torch.randint(1, 30, (8, 400))
     batch = MaskedLM(TrainingRecipe(), None, mask_id=39, vocabulary=30).prepare({"input_ids": ids}, 0, 0, 0)

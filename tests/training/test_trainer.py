@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from padst_cli.errors import PadstError
 from padst_cli.events import Evaluated, Hardened, Message, Saved, Step, SupportUpdated
@@ -17,7 +19,7 @@ from padst_cli.training.objective import build_objective
 from padst_cli.training.sparse_linear import sparse_layers
 from padst_cli.training.state import StateStore
 from padst_cli.training.swap import finished_layers
-from padst_cli.training.trainer import make_accelerator, train
+from padst_cli.training.trainer import Trainer, make_accelerator, train
 
 
 def of(kind, events):
@@ -173,6 +175,28 @@ def test_a_batch_that_does_not_divide_is_refused(bench):
     objective = build_objective("causal-lm", bench.recipe().training, teacher)
     with pytest.raises(PadstError, match="multiple of 3"):
         train(student, objective, bench.dataset, bench.recipe(), Three())
+
+
+def test_what_only_another_process_used_is_averaged_all_the_same(bench):
+    """Every process must ask for the same sums, or they wait for each other for ever."""
+    asked = []
+
+    class OneOfTwo(Accelerator):
+        num_processes = 2
+
+        def reduce(self, tensor, how):
+            asked.append(tensor.shape)
+            if how == "sum":  # the other process used the first and the last
+                return tensor + torch.tensor([1.0, 0.0, 0.0, 1.0])
+            return (tensor + 2.0) / 2.0
+
+    model = nn.ParameterList([torch.zeros(3), torch.zeros(2), torch.zeros(1), torch.zeros(4)])
+    model[1].grad, model[3].grad = torch.ones(2), torch.ones(4)
+    objective = build_objective("causal-lm", bench.recipe().training, bench.teacher())
+    Trainer(model, objective, bench.dataset, bench.recipe(), OneOfTwo(cpu=True))._average_gradients()
+    found = [None if each.grad is None else each.grad.tolist() for each in model]
+    assert found == [[1.0] * 3, [1.5] * 2, None, [1.5] * 4]
+    assert asked == [(4,), (3,), (2,), (4,)]
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_way_out(bench):
