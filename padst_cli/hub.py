@@ -23,6 +23,12 @@ UPLOADED = [
 """What belongs to a model; the resumable state of an unfinished run does not."""
 
 
+def check_repo(repo: str) -> None:
+    """Raise `PadstError` unless `repo` reads like a repository of the hub, ORG/NAME."""
+    if not _REPO.fullmatch(repo):
+        raise PadstError(f"'{repo}' is not the form of a hub repository, ORG/NAME")
+
+
 def push(folder: Path, repo: str, *, private: bool = False, message: str | None = None) -> str:
     """Verify a folder that padst wrote and upload it to `repo` (ORG/NAME), made where it does not exist; returns its
     address.
@@ -30,8 +36,7 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str | None 
     Raises `PadstError` where the folder is unsound (nothing is uploaded then), the name is malformed, or the hub
     refuses.
     """
-    if not _REPO.fullmatch(repo):
-        raise PadstError(f"'{repo}' is not the form of a hub repository, ORG/NAME")
+    check_repo(repo)
     if not folder.is_dir():
         raise PadstError(f"no folder '{folder}' to push")
     from padst_cli.runtime.describe import verify

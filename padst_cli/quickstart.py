@@ -13,9 +13,9 @@ import torch
 
 from padst_cli.assets import EMBEDDED_MODEL
 from padst_cli.bench import BenchResult, bench
+from padst_cli.checkpoint.output import check_output
 from padst_cli.checkpoint.reader import load_dense, open_source
 from padst_cli.checkpoint.run_folder import REPORT
-from padst_cli.checkpoint.writer import check_output
 from padst_cli.data.corpus import TextCorpus, python_source
 from padst_cli.errors import PadstError
 from padst_cli.evaluation import evaluate_model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from inspect import signature
 from typing import Any
 
@@ -105,3 +105,15 @@ def layers_by_input(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> 
             f"({reason}); leave out --share-permutations"
         ) from error
     return [group for group in groups if len(group) > 1 and all(calls[name] == 1 for name in group)]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block; each gets its flag back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

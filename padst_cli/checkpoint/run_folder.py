@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from padst_cli.checkpoint.writer import make_folder, write_atomically
+from padst_cli.checkpoint.writer import empty_folder, make_folder, write_atomically
 from padst_cli.errors import PadstError
 from padst_cli.events import Event
 
@@ -42,29 +42,15 @@ class RunFolder:
         """Whether a run that can be resumed lies here."""
         return (self.state / PROGRESS).is_file()
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise `PadstError` where something is in the way: loses nothing, creates nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise PadstError(f"output '{self.path}' is a file; name a folder with --output")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        if not overwrite:
-            hint = "--resume goes on with the unfinished run in it, " if self.is_unfinished else ""
-            raise PadstError(f"output '{self.path}' exists; {hint}--overwrite replaces it, --output names another")
-        if not self.is_unfinished and not (self.path / RECIPE).is_file() and not (self.path / "config.json").is_file():
-            raise PadstError(
-                f"output '{self.path}' was not written by padst, so --overwrite leaves it alone; remove it yourself"
-            )
-
     def begin(self, recipe_yaml: str) -> None:
         """Empty the folder and write the recipe and a first progress file."""
         if not self.main:
             return
         if self.path.is_dir():
-            # From here on what was whole must not look so, wherever a kill leaves it.
+            # From here on what was whole must not look so, wherever a kill leaves it; but it looks padst's own.
             for whole in (self.path / "config.json", self.state / PROGRESS):
                 whole.unlink(missing_ok=True)
-            shutil.rmtree(self.path)
+            empty_folder(self.path, last=(RESULTS, LOG, RECIPE))
         make_folder(self.state, self.path)
         write_atomically(self.path / RECIPE, recipe_yaml)
         self.save_progress({})

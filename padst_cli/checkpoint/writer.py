@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,33 +27,17 @@ _PROCESSOR_FILES = (
 )
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise `PadstError` unless a model may be written to `path`: absent, empty, or a model folder to be overwritten.
-
-    A folder without `config.json` is never overwritten, so that a mistyped path cannot cost other files.
-    """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise PadstError(f"the output '{path}' is a file; give a folder")
-    if not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise PadstError(f"the output folder '{path}' exists and is not empty; choose another or add --overwrite")
-    if not (path / "config.json").is_file():
-        raise PadstError(f"the output folder '{path}' holds something other than a model; choose another folder")
-
-
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write into, and put it in place of `path` when the block ends without an
     error.
 
-    What was at `path` before stays until the new folder is whole and on disk. Raises `PadstError` as `check_output`
-    does.
+    What was at `path` before stays until the new folder is whole and on disk; where it is a link, what it leads to is
+    replaced. Raises `PadstError` where something is at `path` that is not to be overwritten, or cannot be replaced.
     """
-    check_output(path, overwrite=overwrite)
-    path = path.absolute()
+    path = path.resolve()
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise PadstError(f"output '{path}' exists; --overwrite replaces it, --output names another")
     _remove_leftovers(path)
     temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
     make_folder(temporary, path)
@@ -61,7 +45,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         if path.exists():
-            path.rename(old)
+            _set_aside(path, old)
         temporary.rename(path)
         _sync_folder(path.parent)
     except BaseException:
@@ -78,6 +62,18 @@ def make_folder(folder: Path, output: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise PadstError(f"output '{output}' cannot be made ({error.strerror}); name another with --output") from None
+
+
+def empty_folder(folder: Path, last: Sequence[str] = ()) -> None:
+    """Remove all that is in a folder, the names `last` after the rest and in this order.
+
+    The folder stays: it may be a link, a mount point or the current one.
+    """
+    for child in sorted(folder.iterdir(), key=lambda child: last.index(child.name) if child.name in last else -1):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -124,6 +120,15 @@ def copy_processor_files(source: Path, folder: Path) -> list[str]:
         # Files of the hub's cache are links: copy what they point to, with ordinary permissions.
         shutil.copyfile(source / name, folder / name)
     return names
+
+
+def _set_aside(path: Path, old: Path) -> None:
+    try:
+        path.rename(old)
+    except OSError as error:
+        raise PadstError(
+            f"output '{path}' cannot be replaced ({error.strerror}); name a folder inside it with --output"
+        ) from None
 
 
 def _sibling(path: Path, purpose: str) -> Path:

@@ -80,7 +80,7 @@ def bench(
 
         if baseline != "dense":
             raise PadstError(f"--baseline '{baseline}' is unknown; the only baseline is dense")
-        if chart is not None and (chart.suffix != ".svg" or not chart.parent.is_dir()):
+        if chart is not None and (chart.suffix != ".svg" or chart.is_dir() or not chart.parent.is_dir()):
             raise PadstError(f"--chart '{chart}' is not the name of an .svg file in a folder that exists")
         changes = {
             "structure": structure,

@@ -13,6 +13,7 @@ import typer
 from padst_cli.commands.common import Common, Model, common_flags
 from padst_cli.commands.plan import RecipeFlag, show_plan
 from padst_cli.commands.recipe_flags import build_recipe, recipe_flags
+from padst_cli.errors import PadstError
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
@@ -38,7 +39,10 @@ def sparsify(
     """Make MODEL sparse: calibrate, find permutations and supports, refit, fine-tune (PA-DST), evaluate, save."""
     with common.running() as console:
         from padst_cli import pipeline
+        from padst_cli.hub import check_repo, push
 
+        if push_to_hub:
+            check_repo(push_to_hub)
         chosen = build_recipe(model, recipe, changes)
         if dry_run:
             show_plan(console, pipeline.plan(model, chosen))
@@ -58,9 +62,11 @@ def sparsify(
         if not pipeline.is_main_process():
             return
         if push_to_hub:
-            from padst_cli.hub import push
-
-            console.message(f"uploaded to {push(folder, push_to_hub)}")
+            try:
+                console.message(f"uploaded to {push(folder, push_to_hub)}")
+            except PadstError as error:
+                again = shlex.join(["padst", "push", str(folder), push_to_hub])
+                raise PadstError(f"the run is whole, but {error}; go on with: {again}") from None
         console.result(result, render=lambda: _render(console, result))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -99,6 +101,14 @@ def load_corpus(
     if modality == "image":
         return images.load(spec, split=split, label2id=label2id)
     return texts.load(spec, split=split)
+
+
+def place_of(spec: str) -> Path | None:
+    """The file or folder that `spec` names, of a glob the folder that holds all it can match; None for other data."""
+    if spec == PYTHON_SOURCE or spec.startswith(HUB_PREFIX):
+        return None
+    path = Path(spec)
+    return path if path.exists() else Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
 
 
 def text_corpus(name: str, documents: Iterable[str], split: str) -> TextCorpus:

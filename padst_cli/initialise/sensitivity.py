@@ -9,8 +9,7 @@ factor is the inputs' H. Of a model without logits it is the same matrix for its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from padst_cli.errors import PadstError
-from padst_cli.tracing import Inputs, post_hook, run_hooked, run_model
+from padst_cli.tracing import Inputs, frozen, post_hook, run_hooked, run_model
 
 
 def output_sensitivity(
@@ -42,7 +41,7 @@ def output_sensitivity(
                 one = {key: value[item : item + 1] for key, value in batch.items()}
                 _surprise(run_model(model, one), one, generator).backward()
 
-    with _frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         run_hooked(hooks, run)
     return {name: _normalised(name, sums.get(name), model) for name in names}
 
@@ -100,15 +99,3 @@ def _normalised(name: str, total: Tensor | None, model: nn.Module) -> Tensor:
             f"{name}: the gradient of the calibration loss is not finite; check the checkpoint and the data"
         )
     return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block; each gets its flag back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from padst_cli.checkpoint.model_card import CardData, CardForm, model_card
 from padst_cli.checkpoint.reader import Source
 from padst_cli.checkpoint.run_folder import RECIPE, RESULTS
@@ -72,10 +74,13 @@ def _card_data(
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence that a model folder's own card names, None where it names none."""
+    """The licence that a model folder's own card names, None where it names none or cannot be read."""
     from huggingface_hub import metadata_load
 
     card = folder / CARD
-    metadata = metadata_load(card) if card.is_file() else None
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError):
+        return None
     licence = (metadata or {}).get("license")
     return licence if isinstance(licence, str) else None

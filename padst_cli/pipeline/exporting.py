@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from padst_cli.checkpoint.format import VALUE_DTYPES
+from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
-from padst_cli.checkpoint.writer import atomic_folder, check_output, check_shard_size, copy_processor_files, write_model
+from padst_cli.checkpoint.writer import atomic_folder, check_shard_size, copy_processor_files, write_model
 from padst_cli.data.corpus import TextCorpus, load_corpus
 from padst_cli.data.items import ImageItems, TokenWindows, collate
 from padst_cli.errors import CheckFailed, PadstError, nearest
@@ -75,8 +76,7 @@ def export(
     _check_arguments(form, value_dtype, dtype, max_shard_size)
     check_output(output, overwrite=overwrite)
     source = open_source(str(folder))
-    if output.resolve() == source.folder.resolve():
-        raise PadstError(f"--output '{output}' is the folder to export from; name another")
+    check_apart(output, {"model": source.folder})
     if source.padst is None:
         raise PadstError(f"'{folder}' is not a folder that `padst sparsify` wrote; export starts from one")
     # Of the model that the run began with: one whose head was untied has an embedding more by now.

@@ -46,6 +46,11 @@ class Job:
         inputs = ("input_ids", "pixel_values", "attention_mask")
         return [{key: batch[key].to(device) for key in inputs if key in batch} for batch in batches]
 
+    @property
+    def has_control(self) -> bool:
+        """Whether the dense model is fine-tuned, too: an encoder without a head has no loss of its own for that."""
+        return self.recipe.dense_control and self.source.task != "encoder"
+
     def objective(self, teacher: nn.Module | None) -> Objective:
         """What training minimises; without `teacher` the task's own loss."""
         tokenizer = self.processor if self.source.modality == "text" else None

@@ -16,8 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
+from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
+from padst_cli.data.corpus import place_of
+from padst_cli.data.items import collate
 from padst_cli.document import dotted
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.evaluation import EvalResult, evaluate_model
@@ -28,10 +31,11 @@ from padst_cli.pipeline.finish import environment, finish_run
 from padst_cli.pipeline.job import Job, open_job
 from padst_cli.pipeline.planning import plan_for
 from padst_cli.recipe import DATA_ALLOCATIONS, FILLED_IN, Recipe, load_recipe
+from padst_cli.tracing import frozen
 from padst_cli.training.result import TrainResult
 from padst_cli.training.state import StateStore
 from padst_cli.training.swap import sparsify_modules
-from padst_cli.training.trainer import make_accelerator, train
+from padst_cli.training.trainer import make_accelerator, rows_of_pass, train
 from padst_cli.tying import untie
 
 
@@ -84,13 +88,16 @@ def sparsify(
     accelerator = make_accelerator(device, recipe.dtype)
     folder = RunFolder(Path(output), main=accelerator.is_main_process)
     if not resume:
-        folder.check_free(overwrite)
+        check_output(folder.path, overwrite=overwrite)
     # No process may create the folder before all have looked whether it is free.
     accelerator.wait_for_everyone()
     begun = resume
     try:
         job = open_job(model, recipe)
+        check_apart(folder.path, _inputs_of(job))
+        rows_of_pass(job.recipe.training, accelerator.num_processes)
         teacher = load_dense(job.source, dtype=torch.float32, device=accelerator.device)
+        _check_step(job, teacher)
         if not resume:
             _check_heldout(job, teacher)
             folder.begin(job.recipe.to_yaml())
@@ -103,6 +110,24 @@ def sparsify(
             raise
         again = resume_command(model, folder.path, accelerator.num_processes)
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
+
+
+def _inputs_of(job: Job) -> dict[str, Path]:
+    """What a run reads for as long as it can be resumed, by what it is."""
+    data = {"data": job.recipe.data, "held-out data": job.recipe.eval_data}
+    places = {what: place_of(spec) for what, spec in data.items() if spec is not None}
+    return {"model": job.source.folder, **{what: place for what, place in places.items() if place is not None}}
+
+
+@torch.no_grad()
+def _check_step(job: Job, teacher: nn.Module) -> None:
+    """Raise `PadstError` where a training step cannot be: no labels, ids or attention that the model does not take."""
+    device = next(teacher.parameters()).device
+    item = {key: value.to(device) for key, value in collate([job.items[0]]).items()}
+    with frozen(teacher):  # as an objective leaves it; the student is made of it
+        for control in (False, True) if job.has_control else (False,):
+            objective = job.objective(None if control else teacher)
+            objective(teacher, objective.prepare(item, job.recipe.seed, 0, 0))
 
 
 def _check_heldout(job: Job, teacher: nn.Module) -> None:
@@ -215,8 +240,8 @@ class _Run:
         )
 
     def _dense_control(self, teacher: nn.Module) -> EvalResult | None:
-        """Fine-tune the dense model as long; an encoder without a head has no loss of its own to be tuned by."""
-        if not self.recipe.dense_control or self.job.source.task == "encoder":
+        """Fine-tune the dense model as long, where the job has a control."""
+        if not self.job.has_control:
             return None
         set_seed(self.recipe.seed)
         # Distillation froze the teacher.

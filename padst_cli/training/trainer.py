@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from padst_cli.data.items import Items, collate, step_indices
 from padst_cli.errors import Interrupted, PadstError
 from padst_cli.events import Evaluated, Hardened, Message, OnEvent, Saved, Step, SupportUpdated, ignore
-from padst_cli.recipe import Recipe
+from padst_cli.recipe import Recipe, TrainingRecipe
 from padst_cli.training.activations import in_one_operation
 from padst_cli.training.averaging import Average
 from padst_cli.training.density import narrowed_at, narrows
@@ -68,6 +68,17 @@ def make_accelerator(device: str = "auto", dtype: str = "auto") -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
 
 
+def rows_of_pass(training: TrainingRecipe, processes: int) -> int:
+    """How many rows of the global batch one process takes at a time; raises `PadstError` where they do not divide."""
+    parts = processes * training.accumulation
+    if training.batch_size % parts:
+        raise PadstError(
+            f"batch_size {training.batch_size} does not divide over {processes} processes with accumulation "
+            f"{training.accumulation}; make it a multiple of {parts}"
+        )
+    return training.batch_size // parts
+
+
 def train(
     model: nn.Module,
     objective: Objective,
@@ -109,13 +120,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         control: bool = False,
     ) -> None:
-        parts = accelerator.num_processes * recipe.training.accumulation
-        if recipe.training.batch_size % parts:
-            raise PadstError(
-                f"batch_size {recipe.training.batch_size} does not divide over {accelerator.num_processes} processes "
-                f"with accumulation {recipe.training.accumulation}; make it a multiple of {parts}"
-            )
-        self.rows = recipe.training.batch_size // parts
+        self.rows = rows_of_pass(recipe.training, accelerator.num_processes)
         self.model, self.objective, self.dataset = model.to(accelerator.device), objective, dataset
         self.recipe, self.accelerator, self.store = recipe, accelerator, store
         self.on_event = on_event if accelerator.is_main_process else ignore

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from padst_cli.checkpoint.output import is_own
 from padst_cli.checkpoint.run_folder import RunFolder
 from padst_cli.checkpoint.writer import write_atomically
 from padst_cli.errors import PadstError
@@ -90,6 +91,19 @@ def test_stopped_while_an_old_result_is_replaced_it_is_neither_whole_nor_unfinis
         folder.begin("structure: nm\n")
     assert not (folder.path / "config.json").exists()
     assert not folder.is_unfinished
+    (folder.path / "results.json").touch()
+    assert is_own(folder.path), "what a kill leaves may be overwritten"
+
+
+@pytest.mark.parametrize("way", ["folder", "link", "."])
+def test_a_run_begins_in_the_folder_that_is_there(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path / ("folder" if way == "." else ""))
+    RunFolder(Path(way)).begin("structure: nm\n")
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["recipe.yaml", "state"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from padst_cli.checkpoint.writer import (
     atomic_folder,
-    check_output,
     check_shard_size,
     copy_processor_files,
+    empty_folder,
     write_atomically,
 )
 from padst_cli.errors import PadstError
@@ -44,8 +46,8 @@ def test_an_empty_folder_may_be_filled(tmp_path):
 
 def test_an_existing_model_needs_overwrite(tmp_path):
     target = a_model(tmp_path / "out")
-    with pytest.raises(PadstError, match="--overwrite"):
-        check_output(target, overwrite=False)
+    with pytest.raises(PadstError, match="--overwrite"), atomic_folder(target):
+        pass
     with atomic_folder(target, overwrite=True) as temporary:
         (temporary / "new.txt").write_text("new")
         assert (target / "old.txt").read_text() == "old"
@@ -53,12 +55,42 @@ def test_an_existing_model_needs_overwrite(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_of_other_things_is_never_overwritten(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(PadstError, match="other than a model"):
-        check_output(tmp_path, overwrite=True)
-    with pytest.raises(PadstError, match="is a file"):
-        check_output(tmp_path / "thesis.txt", overwrite=True)
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    target = a_model(tmp_path / "disk" / "out")
+    (tmp_path / "link").symlink_to(target)
+    with atomic_folder(tmp_path / "link", overwrite=True) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert [entry.name for entry in target.iterdir()] == ["new.txt"]
+    assert [entry.name for entry in target.parent.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_set_aside_is_left_as_it_was(tmp_path, monkeypatch):
+    target = a_model(tmp_path / "mounted")
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(PadstError, match="cannot be replaced"), atomic_folder(target, overwrite=True):
+        pass
+    assert (target / "old.txt").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mounted"]
+
+
+def test_a_folder_is_emptied_through_a_link_and_in_order(tmp_path, monkeypatch):
+    target = a_model(tmp_path / "out")
+    (target / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    (target / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "way").symlink_to(target)
+    gone = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: (gone.append(path.name), unlink(path)))
+    empty_folder(tmp_path / "way", last=("old.txt", "config.json"))
+    assert gone[-2:] == ["old.txt", "config.json"]
+    assert not list(target.iterdir())
+    assert (tmp_path / "kept").is_dir()
 
 
 def test_an_error_leaves_everything_as_it_was(tmp_path):

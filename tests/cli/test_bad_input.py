@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from padst_cli.errors import PadstError
 from tests import models
 from tests.cli.conftest import Padst
 
@@ -89,7 +92,7 @@ def test_output_under_a_file(
 def test_export_does_not_replace_what_it_reads(padst: Padst, sparsified: Callable[..., Path]) -> None:
     folder = sparsified("diag")
     before = (folder / "model.safetensors").read_bytes()
-    assert "is the folder to export from" in padst.error("export", folder, "--output", folder, "--overwrite")
+    assert "holds the model" in padst.error("export", folder, "--output", folder, "--overwrite")
     assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -209,6 +212,84 @@ def test_overwrite_spares_foreign_folders(padst: Padst, gpt2: Path, train_text: 
         "sparsify", gpt2, "--data", train_text, "--eval-data", train_text, "--output", tmp_path / "full", "--overwrite"
     )
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_does_not_replace_what_it_reads(
+    padst: Padst, gpt2: Path, sparsified: Callable[..., Path], heldout_text: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(sparsified("diag"), mine)
+    shutil.copy(heldout_text, mine / "text.txt")
+    for spec in (mine / "text.txt", mine / "t*.txt"):
+        for data, heldout, what in ((spec, heldout_text, "data"), (heldout_text, spec, "held-out data")):
+            given = ("--data", data, "--eval-data", heldout, "--max-seq-length", 32, "--sparsity", 0.5)
+            said = padst.error("sparsify", gpt2, *given, "--structure", "nm", "--output", mine, "--overwrite")
+            assert f"holds the {what} '{mine}" in said
+    assert (mine / "text.txt").read_bytes() == heldout_text.read_bytes()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with an image classifier, `plain/` images and `labelled/` ones."""
+    models.build("vit").save_pretrained(tmp_path / "vit")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for folder in ("plain", "labelled"):
+        (tmp_path / folder).mkdir()
+        for number in range(4):
+            Image.new("RGB", (20, 20), (40 * number, 90, 30)).save(tmp_path / folder / f"{number}.png")
+    rows = "".join(f"{number}.png,{number % 2}\n" for number in range(4))
+    (tmp_path / "labelled" / "labels.csv").write_text("file,label\n" + rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flag", ["--no-distill", "--dense-control"])
+def test_training_without_anything_to_learn_from_costs_no_earlier_result(
+    padst: Padst, pictures: Path, flag: str
+) -> None:
+    earlier = pictures / "earlier"
+    earlier.mkdir()
+    for name in ("config.json", "recipe.yaml", "results.json"):
+        (earlier / name).write_text("{}")
+    said = padst.error(
+        *("sparsify", pictures / "vit", "--structure", "nm", "--sparsity", 0.5, "--data", pictures / "plain"),
+        *("--eval-data", pictures / "labelled", "--batch-size", 2, "--steps", 1, "--output", earlier, "--overwrite"),
+        flag,
+    )
+    assert "the images have no labels" in said
+    assert len(list(earlier.iterdir())) == 3
+
+
+def test_a_malformed_repository_is_refused_before_the_run(run: Callable[..., str]) -> None:
+    assert "is not the form of a hub repository" in run(push_to_hub="name")
+
+
+def test_a_run_that_cannot_be_pushed_says_how_to_go_on(
+    padst: Padst, gpt2: Path, train_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise PadstError("the hub refused")
+
+    monkeypatch.setattr("padst_cli.hub.push", refuse)
+    said = padst.error(
+        *("sparsify", gpt2, "--structure", "nm", "--sparsity", 0.5, "--data", train_text, "--eval-data", train_text),
+        *("--max-seq-length", 32, "--steps", 0, "--output", tmp_path / "out", "--push-to-hub", "org/name"),
+    )
+    assert f"the run is whole, but the hub refused; go on with: padst push {tmp_path / 'out'} org/name" in said
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_base_model_with_a_broken_card_does_not_stop_the_run(
+    padst: Padst, gpt2: Path, train_text: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    (base / "README.md").write_text("---\ntitle: a: b\n---\n")
+    padst.json(
+        *("sparsify", base, "--structure", "nm", "--sparsity", 0.5, "--data", train_text, "--eval-data", train_text),
+        *("--max-seq-length", 32, "--steps", 0, "--output", tmp_path / "out"),
+    )
+    assert "not stated" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_misspelt_recipe_key_names_the_nearest(run: Callable[..., str], tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_a_chart_is_written(config: str, tmp_path: Path) -> None:
 
 
 def test_charts_elsewhere_are_refused_before_anything_is_measured(config: str, tmp_path: Path) -> None:
-    for name in ("speed.png", "no-folder/speed.svg"):
+    (tmp_path / "folder.svg").mkdir()
+    for name in ("speed.png", "no-folder/speed.svg", "folder.svg"):
         done = CliRunner().invoke(app, ["bench", config, "--random-weights", "--chart", str(tmp_path / name)])
         assert done.exit_code == 2
         assert "--chart" in done.output

@@ -1,0 +1,52 @@
+"""May a folder be written? What padst replaces is its own: other people's work is never in reach of a flag."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from padst_cli.checkpoint.format import QUANT_METHOD
+from padst_cli.checkpoint.run_folder import LOG, PROGRESS, RECIPE, RESULTS, STATE, RunFolder
+from padst_cli.errors import PadstError
+
+_OF_A_RUN = (RESULTS, LOG, f"{STATE}/{PROGRESS}")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `PadstError` unless `path` may be written: absent, empty, or padst's own and to be overwritten.
+
+    Loses nothing and makes nothing.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PadstError(f"output {str(path)!a} is not UTF-8 text; name another folder with --output") from None
+    if path.exists() and not path.is_dir():
+        raise PadstError(f"output '{path}' is a file; name a folder with --output")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        hint = "--resume goes on with the unfinished run in it, " if RunFolder(path).is_unfinished else ""
+        raise PadstError(f"output '{path}' exists; {hint}--overwrite replaces it, --output names another")
+    if not is_own(path):
+        raise PadstError(
+            f"output '{path}' was not written by padst, so --overwrite leaves it alone; remove it yourself"
+        )
+
+
+def check_apart(output: Path, inputs: dict[str, Path]) -> None:
+    """Raise `PadstError` where one of `inputs`, by what they are, lies in the folder that is about to be emptied."""
+    for what, path in inputs.items():
+        if path.resolve().is_relative_to(output.resolve()):
+            raise PadstError(f"output '{output}' holds the {what} '{path}'; name another folder with --output")
+
+
+def is_own(folder: Path) -> bool:
+    """Whether padst wrote what is in a folder: a packed model, or a recipe beside what only a run leaves there."""
+    if (folder / RECIPE).is_file() and any((folder / name).is_file() for name in _OF_A_RUN):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
