@@ -40,7 +40,7 @@ def allocate(
 ) -> dict[str, float]:
     """The density of every planned layer by name, after `recipe.allocation` ("owl" or "error").
 
-    `plan` is that of a uniform density. Layers without an error to tell (no calibration input, zero weights) keep it.
+    `plan` is that of a uniform density. With "error", layers without one (no calibration input, zero weights) keep it.
     Raises `PadstError` where `--nm` leaves nothing to split, and as `initialise` does.
     """
     if recipe.nm is not None:
@@ -178,7 +178,7 @@ def split_budget(curves: Mapping[str, Curve], density: float) -> dict[str, float
 
 
 def _hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The lower convex hull of points in order of nonzeros, as far as the error falls."""
+    """The lower convex hull of points in order of nonzeros."""
     hull: list[tuple[int, float]] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):

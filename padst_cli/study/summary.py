@@ -77,10 +77,15 @@ class Comparison:
 
     @cached_property
     def control(self) -> str | None:
-        """The unstructured control with the smaller mean divergence; None where none has been run."""
-        names = [method for structure, method in self.trained if structure == UNSTRUCTURED]
-        found = {name: interval(list(self._primary(UNSTRUCTURED, name).values())) for name in names}
-        return min(names, key=lambda name: found[name].mean, default=None)  # type: ignore[union-attr]
+        """The unstructured control with the smaller mean divergence over the seeds that all have; None without one.
+
+        Where they have none in common, the one with the most seeds.
+        """
+        found = {name: self._primary(UNSTRUCTURED, name) for kind, name in self.trained if kind == UNSTRUCTURED}
+        common = set.intersection(*(set(by_seed) for by_seed in found.values())) if found else set()
+        if not common:
+            return max(found, key=lambda name: len(found[name]), default=None)
+        return min(found, key=lambda name: sum(found[name][seed] for seed in common))
 
     def rows(self) -> list[Row]:
         """One row a method."""

@@ -51,6 +51,18 @@ def test_the_better_control_is_the_one_compared_with(cells: list[CellFigures]) -
     assert (none.none_kl, none.gap) == (None, 0.0)
 
 
+def test_controls_are_compared_on_the_seeds_that_both_have(figures: Make) -> None:
+    """In a study that is not done yet a lucky seed of one control must not make it the better one."""
+    rigl = [figures("unstructured", "rigl", seed, value, 12.0) for seed, value in enumerate((1.0, 2.0, 2.0))]
+    once = figures("unstructured", "set", 0, 1.1, 12.0)
+    assert summarise([*rigl, once])[0].comparisons[0].control == "rigl"
+    assert summarise([*rigl, figures("unstructured", "set", 0, 0.9, 12.0)])[0].comparisons[0].control == "set"
+    assert summarise([*rigl[1:], once])[0].comparisons[0].control == "rigl", (
+        "none in common: where there is most to see"
+    )
+    assert summarise([figures("block", "none", 0, 1.0, 12.0)])[0].comparisons[0].control is None
+
+
 def page(cells: list[CellFigures], **changes: object) -> str:
     options: dict[str, object] = {"failures": {}, "open_cells": 0, "command": "padst study mine", **changes}
     return study_page(STUDY, cells, summarise(cells), charts={"tiny": "tiny.svg"}, **options)  # type: ignore[arg-type]
