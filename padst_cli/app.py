@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from padst_cli.commands.bench import bench
+from padst_cli.commands.common import CommandGroup
 from padst_cli.commands.evaluate import evaluate
 from padst_cli.commands.export import export
 from padst_cli.commands.generate import generate
@@ -20,6 +21,7 @@ from padst_cli.commands.study import study
 
 app = typer.Typer(
     name="padst",
+    cls=CommandGroup,
     help="Make a pretrained Hugging Face model structurally sparse: faster, at the least loss of accuracy.",
     no_args_is_help=True,
     add_completion=False,

@@ -39,7 +39,7 @@ def dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping as a flat one: `{"training": {"steps": 10}}` -> `{"training.steps": 10}`."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -13,6 +13,7 @@ UPLOADED = [
     "*.safetensors",
     "*.txt",
     "*.model",
+    "*.codes",
     "*.jinja",
     "*.tiktoken",
     "README.md",

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from padst_cli.document import Document, Strict, dotted, read_mapping
+from padst_cli.errors import PadstError
 
 StructureName = Literal["diag", "nm", "block", "unstructured"]
 PermutationKind = Literal["learned", "assignment", "random", "none"]
@@ -288,6 +289,9 @@ class Recipe(Document):
             raise ValueError(
                 f"nm {self.nm} is a sparsity of {given:.4g}, not {self.sparsity:.4g}: leave one of them out"
             )
+        if self.sparsity == given:
+            # Said by nm and not beside it, so that another nm laid over this one says it anew.
+            self.model_fields_set.discard("sparsity")
         return self
 
     @model_validator(mode="after")
@@ -347,6 +351,8 @@ class Recipe(Document):
             *parents, leaf = key.split(".")
             for parent in parents:
                 target = target.setdefault(parent, {})
+                if not isinstance(target, dict):
+                    raise PadstError(f"recipe: {parent} is {target!r}; it should be a mapping of keys to values")
             target[leaf] = value
         return Recipe.from_dict(raw)
 
@@ -358,7 +364,7 @@ class Recipe(Document):
 def parse_nm(text: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4); raises ValueError for anything but 1 <= N < M <= 32."""
     parts = text.split(":")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"'{text}' is not of the form N:M, for example 2:4")
     n, m = int(parts[0]), int(parts[1])
     if not 1 <= n < m <= 32:

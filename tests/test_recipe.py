@@ -140,6 +140,8 @@ def test_updated_checks_what_it_is_given() -> None:
         Recipe().updated({"training.step": 7})
     with pytest.raises(PadstError, match="between 0 and 1"):
         Recipe().updated({"sparsity": 2})
+    with pytest.raises(PadstError, match="training is 1; it should be a mapping"):
+        Recipe().updated({"training": 1, "training.steps": 7})
 
 
 def test_stated_is_what_was_said_and_nothing_else(tmp_path: Path) -> None:
@@ -187,6 +189,18 @@ def test_broken_files_are_one_sentence(tmp_path: Path, text: str | bytes, words:
 
 def test_nm_alone_says_the_sparsity() -> None:
     assert Recipe.from_dict({"structure": "nm", "nm": "2:4"}).sparsity == 0.5
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["nm alone", "as a run writes it"])
+def test_another_nm_says_the_sparsity_anew(whole: bool) -> None:
+    recipe = Recipe.from_dict({"structure": "nm", "nm": "2:4"})
+    if whole:
+        recipe = Recipe.from_dict(yaml.safe_load(recipe.to_yaml()))
+    assert "sparsity" not in recipe.stated()
+    assert recipe.updated({"nm": "1:4"}).sparsity == 0.75
+    assert recipe.updated({"seed": 1}).sparsity == 0.5
+    with pytest.raises(PadstError, match="leave one of them out"):
+        recipe.updated({"nm": "1:4", "sparsity": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class PadstFormat:
             raise PadstError(f"{where}: quant_method is {header['quant_method']!r}, not '{QUANT_METHOD}'")
         if header["form"] not in get_args(Form):
             raise PadstError(f"{where}: form is {header['form']!r}, expected one of {', '.join(get_args(Form))}")
-        if header["value_dtype"] not in VALUE_DTYPES:
+        if header["value_dtype"] not in tuple(VALUE_DTYPES):
             raise PadstError(
                 f"{where}: value_dtype is {header['value_dtype']!r}, expected one of {', '.join(VALUE_DTYPES)}"
             )

@@ -18,10 +18,11 @@ from padst_cli.errors import PadstError
 Task = Literal["causal-lm", "masked-lm", "image-classification", "encoder"]
 Modality = Literal["text", "image"]
 
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+# The card is where a model names its licence.
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.codes", "*.tiktoken", "README.md"]
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -29,6 +30,9 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "bpe.codes",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -154,7 +158,7 @@ def load_processor(source: Source) -> Any | None:
     if source.modality == "image":
         loader, present = AutoImageProcessor, (source.folder / "preprocessor_config.json").is_file()
     else:
-        loader, present = AutoTokenizer, any((source.folder / file).is_file() for file in _TOKENIZER_FILES)
+        loader, present = AutoTokenizer, any((source.folder / file).is_file() for file in TOKENIZER_FILES)
     if not present:
         return None
     kind = "image processor" if source.modality == "image" else "tokenizer"
@@ -179,12 +183,13 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a checkpoint, sorted; raises `PadstError` where there is none, a shard is absent, or
     only pickle files are there.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _shards(index, name)
+    # The order is transformers' own: what is checked must be what is loaded.
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shards(index, name)
     if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
         raise PadstError(
             f"'{name}' holds its weights as pickle files only, which can run code when opened; "
@@ -198,6 +203,11 @@ def _shards(index: Path, name: str) -> list[Path]:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PadstError(f"'{name}': {index.name} is damaged ({_first_line(error)})") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise PadstError(
+                f"'{name}': {index.name} lists {file!r}, which is no file beside it; fetch the model again"
+            )
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent or not files:
         raise PadstError(
@@ -212,7 +222,7 @@ def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else [])]
+    patterns = [*SMALL_FILES, *(_WEIGHT_FILES if weights else [])]
     ignore = ["*/*", *([] if weights else ["model.safetensors.index.json"])]
     where = f"'{model}'" + (f" at revision '{revision}'" if revision else "")
     try:

@@ -64,8 +64,18 @@ class RunFolder:
         raise PadstError(f"there is no unfinished run in '{self.path}' to resume")
 
     def load_progress(self) -> dict[str, Any]:
-        """What earlier sessions of this run found: metrics by phase, seconds, layer figures."""
-        return json.loads((self.state / PROGRESS).read_text(encoding="utf-8"))
+        """What earlier sessions of this run found: metrics by phase, seconds, layer figures.
+
+        Raises `PadstError` where the file is damaged.
+        """
+        path = self.state / PROGRESS
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            progress = None
+        if not isinstance(progress, dict):
+            raise PadstError(f"'{path}' is damaged, so this run cannot go on; start it anew with --overwrite")
+        return progress
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         """Replace the progress file atomically."""
@@ -91,6 +101,11 @@ class RunFolder:
                 break
         return events
 
+    def mend_log(self) -> None:
+        """Forget a last line cut off by a kill: what is logged next would be glued to it."""
+        if self.main:
+            self._write_log(self.events())
+
     def rewind_log(self, step: int, control: bool) -> None:
         """Forget training events after `step` of the phase that resumes (they will happen again).
 
@@ -106,7 +121,10 @@ class RunFolder:
             if in_control == control and event["event"] in _TRAINING_EVENTS and event["step"] > step:
                 continue
             kept.append(event)
-        write_atomically(self.path / LOG, "".join(json.dumps(event) + "\n" for event in kept))
+        self._write_log(kept)
+
+    def _write_log(self, events: list[dict[str, Any]]) -> None:
+        write_atomically(self.path / LOG, "".join(json.dumps(event) + "\n" for event in events))
 
     def finish(self, checkpoint: Path, results: dict[str, Any]) -> None:
         """Move a finished checkpoint's files in, `config.json` last, then drop the state."""

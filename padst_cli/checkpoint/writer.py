@@ -18,8 +18,8 @@ _PROCESSOR_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    "*.model",
+    "*.codes",
     "*.tiktoken",
     "chat_template*",
     "preprocessor_config.json",
@@ -109,7 +109,7 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str = "5GB") -> Non
 def check_shard_size(size: str) -> None:
     """Raise `PadstError` unless `size` reads like 5GB or 200MB."""
     number, unit = size[:-2], size[-2:].upper()
-    if unit not in ("KB", "MB", "GB", "TB") or not number.strip().isdigit() or int(number) < 1:
+    if unit not in ("KB", "MB", "GB", "TB") or not number.strip().isdecimal() or int(number) < 1:
         raise PadstError(f"shard size '{size}' is not of the form 5GB or 200MB")
 
 

@@ -121,7 +121,7 @@ def bench(
 
 def _token_counts(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise PadstError(f"--tokens '{text}' is not a list of positive numbers such as 1,32,512")
     return tuple(int(part) for part in parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from padst_cli.console import Console
 from padst_cli.errors import Interrupted, PadstError
@@ -78,11 +80,12 @@ class Common:
     def running(self) -> Iterator[Console]:
         """Give a command its console; print a user's error as one sentence and leave with its exit code.
 
-        A stop by SIGINT or SIGTERM and a disk or folder that refuses to be written are such errors as well.
+        A stop by SIGINT or SIGTERM and a disk or folder that refuses to be written are such errors as well. `quiet`
+        holds back what the kernels log, too.
         """
         console = Console(json=self.json, quiet=self.quiet)
         try:
-            with _sigterm_as_interrupt():
+            with _sigterm_as_interrupt(), _kernels_heard(not self.quiet):
                 check_environment()
                 yield console
         except PadstError as error:
@@ -110,6 +113,38 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _kernels_heard(heard: bool) -> Iterator[None]:
+    """Keep what the kernels log, when they measure for example, off the terminal unless it is to be `heard`."""
+    log = logging.getLogger("padst_kernels")
+    before = log.level
+    if not heard:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+# Typer has no public name for the error of a wrong command line, only for this kind of it.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class CommandGroup(TyperGroup):
+    """The commands; under `--json` a command line that is wrong is told as every error is: one object on stdout."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that `ctx` names."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            if not as_json:
+                raise
+            Console(json=True).error(PadstError(" ".join(error.format_message().split())))  # type: ignore[attr-defined]
+            raise typer.Exit(PadstError.exit_code) from None
 
 
 def common_flags(*without: str) -> Callable[[Command], Command]:

@@ -17,6 +17,15 @@ from padst_cli.errors import PadstError
 from padst_cli.recipe import load_recipe
 
 CARD = "README.md"
+FIGURES = frozenset(
+    {
+        *("command", "train_data", "eval_data", "eval_digest", "environment"),
+        *("task", "structure", "layers", "metric", "permutations", "dense_bytes", "packed_bytes"),
+        *("sparsity_requested", "sparsity_achieved", "whole_model_density"),
+        *("steps", "seconds", "tokens_or_images_seen"),
+    }
+)
+"""What a card cannot be written without, of the figures that a run leaves behind."""
 
 
 def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe_yaml: str) -> None:
@@ -25,13 +34,18 @@ def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe
 
 
 def run_results(trained: Source) -> dict[str, Any]:
-    """The figures that `sparsify` left in a folder; raises `PadstError` where they or the recipe are gone."""
+    """The figures that `sparsify` left in a folder; raises `PadstError` for damaged ones, or where a file is gone."""
     for name in (RECIPE, RESULTS):
         if not (trained.folder / name).is_file():
             raise PadstError(
                 f"'{trained.name}' lacks {name}, which `padst sparsify` writes; export the folder that it wrote"
             )
-    results: dict[str, Any] = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
+    try:
+        results = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
+    except ValueError:
+        results = None
+    if not isinstance(results, dict) or not results.keys() >= FIGURES:
+        raise PadstError(f"'{trained.name}' has a damaged {RESULTS}; take back the one that `padst sparsify` wrote")
     return results
 
 

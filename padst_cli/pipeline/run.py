@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 import tempfile
 import time
@@ -102,6 +103,8 @@ def sparsify(
             _check_heldout(job, teacher)
             folder.begin(job.recipe.to_yaml())
             begun = True
+        else:
+            folder.mend_log()
         accelerator.wait_for_everyone()
         run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
         return run.execute(teacher)
@@ -352,17 +355,29 @@ def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:
     }
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".start", delete=False) as handle:
         torch.save(raw, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
     Path(handle.name).replace(path)
 
 
 @torch.no_grad()
 def load_starts(path: Path, job: Job, student: nn.Module) -> dict[str, LayerStart]:
-    """Inverse of `save_starts`; puts the sparse weights into `student` as calibration would have."""
-    raw = torch.load(path, weights_only=True, map_location=next(student.parameters()).device)
-    starts = {}
+    """Inverse of `save_starts`; puts the sparse weights into `student` as calibration would have.
+
+    Raises `PadstError` where the file cannot be read.
+    """
+    try:
+        raw = torch.load(path, weights_only=True, map_location=next(student.parameters()).device)
+        starts = {
+            layer.name: LayerStart(name=layer.name, structure=layer.structure, **raw[layer.name])
+            for layer in job.plan.layers
+        }
+    except Exception as error:
+        raise PadstError(
+            f"'{path}' cannot be read ({type(error).__name__}); remove it and resume: the run then calibrates anew"
+        ) from error
     for layer in job.plan.layers:
-        start = LayerStart(name=layer.name, structure=layer.structure, **raw[layer.name])
+        start = starts[layer.name]
         weight = from_structure(start.weight, start.perm_in, start.perm_out)
         student.get_submodule(layer.name).get_parameter("weight").copy_(weight.T if layer.transposed else weight)
-        starts[layer.name] = start
     return starts

@@ -72,6 +72,7 @@ LAYER = ("layers", "h.0.proj")
         (("version",), KeyError, "format version is None"),
         (("form",), "loose", "form is 'loose'"),
         (("value_dtype",), "float8", "value_dtype is 'float8'"),
+        (("value_dtype",), [], r"value_dtype is \[\]"),
         (("quant_method",), "gptq", "quant_method"),
         (("layers",), {}, "no sparse layer"),
         (("layers",), [], "expected a mapping"),

@@ -121,6 +121,25 @@ def test_weights_must_be_safetensors(folder):
     refuse(folder, "damaged")
 
 
+@pytest.mark.parametrize(
+    ("listed", "words"), [(1, "lists 1,"), ("../model.safetensors", r"lists '\.\./model"), ([], "damaged")]
+)
+def test_shards_lie_beside_their_index(folder, listed, words):
+    (folder / "own").mkdir()
+    shutil.copy(folder / "config.json", folder / "own")
+    (folder / "own" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": listed}}))
+    refuse(folder / "own", words)
+
+
+def test_the_single_file_comes_before_shards_as_in_transformers(folder):
+    load_dense(open_source(str(folder))).save_pretrained(folder / "sharded", max_shard_size="4KB")
+    shutil.copy(folder / "model.safetensors", folder / "sharded")
+    assert weight_files(folder / "sharded", "x") == [folder / "sharded" / "model.safetensors"]
+    (folder / "sharded" / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(PadstError, match="damaged"):
+        load_dense(open_source(str(folder / "sharded")))
+
+
 def test_shards_are_found(folder):
     load_dense(open_source(str(folder))).save_pretrained(folder / "sharded", max_shard_size="4KB")
     files = weight_files(folder / "sharded", "x")
@@ -180,7 +199,8 @@ def test_the_hub_is_asked_for_safetensors_and_small_files_only(hub, folder):
     assert open_source("org/name", revision="v1").folder == folder
     (model, kwargs), *_ = hub.calls
     assert (model, kwargs["revision"]) == ("org/name", "v1")
-    assert "model.safetensors" in kwargs["allow_patterns"]
+    # The card, for the licence.
+    assert {"model.safetensors", "README.md"} <= set(kwargs["allow_patterns"])
     assert not any(pattern.endswith((".bin", ".pt", ".h5")) for pattern in kwargs["allow_patterns"])
     (folder / "model.safetensors").unlink()
     assert open_source("gpt2", weights=False).task == "causal-lm"

@@ -58,6 +58,28 @@ def test_a_control_that_goes_on_keeps_what_was_logged_before(tmp_path: Path) -> 
     assert folder.events() == before[:-1]
 
 
+def test_a_line_cut_off_by_a_kill_does_not_spoil_what_follows(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin("structure: diag\n")
+    folder.mend_log()
+    assert folder.events() == []
+    folder.log(PhaseStarted("calibrate", 8))
+    with (folder.path / "log.jsonl").open("a") as log:
+        log.write('{"event": "Phas')
+    folder.mend_log()
+    folder.log(PhaseStarted("train", 30))
+    assert [event["phase"] for event in folder.events()] == ["calibrate", "train"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_damaged_progress_file_is_said(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin("structure: diag\n")
+    (folder.state / "progress.json").write_text(content)
+    with pytest.raises(PadstError, match=r"progress\.json' is damaged.*--overwrite"):
+        folder.load_progress()
+
+
 def test_a_finished_run_leaves_no_state(tmp_path: Path) -> None:
     folder = finished(tmp_path / "out")
     assert folder.is_unfinished

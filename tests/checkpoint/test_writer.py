@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from padst_cli.checkpoint.reader import SMALL_FILES, TOKENIZER_FILES
 from padst_cli.checkpoint.writer import (
     atomic_folder,
     check_shard_size,
@@ -17,6 +19,7 @@ from padst_cli.checkpoint.writer import (
     write_atomically,
 )
 from padst_cli.errors import PadstError
+from padst_cli.hub import UPLOADED
 
 
 def a_model(folder):
@@ -147,7 +150,7 @@ def test_write_atomically(tmp_path):
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "5XB", "-5GB", "0MB", "5.5GB", ""])
+@pytest.mark.parametrize("size", ["5", "GB", "5XB", "-5GB", "0MB", "5.5GB", "\u00b2GB", ""])
 def test_bad_shard_sizes(size):
     with pytest.raises(PadstError, match="5GB or 200MB"):
         check_shard_size(size)
@@ -165,3 +168,14 @@ def test_processor_files_are_copied_byte_for_byte(tmp_path):
     assert copy_processor_files(source, target) == ["merges.txt", "tokenizer.json"]
     assert (target / "tokenizer.json").read_bytes() == b'{"x": 1}'
     assert not (target / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["spm.model", "sentencepiece.model", "bpe.codes", *TOKENIZER_FILES])
+def test_every_file_that_tells_of_a_tokenizer_goes_all_the_way(tmp_path, name):
+    assert name in TOKENIZER_FILES
+    assert any(fnmatch(name, pattern) for pattern in SMALL_FILES), "fetched"
+    assert any(fnmatch(name, pattern) for pattern in UPLOADED), "pushed"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / name).write_text("x")
+    assert copy_processor_files(tmp_path / "a", tmp_path / "b") == [name]

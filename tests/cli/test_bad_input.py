@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from padst_cli.errors import PadstError
+from padst_cli.pipeline.cards import FIGURES
 from tests import models
 from tests.cli.conftest import Padst
 
@@ -100,6 +101,7 @@ def test_export_does_not_replace_what_it_reads(padst: Padst, sparsified: Callabl
     ("command", "words"),
     [
         (("bench", "--tokens", "0"), "--tokens '0'"),
+        (("bench", "--tokens", "\u00b2"), "--tokens '\u00b2'"),
         (("generate", "--prompt", ""), "the prompt is empty"),
         (("eval", "--data", "gone.txt"), "gone.txt"),
         (("eval", "--context", "0"), "context of 0"),
@@ -307,12 +309,44 @@ def test_sparse_model_is_not_sparsified_again(run: Callable[..., str], sparsifie
     assert "dense" in run(model=sparsified("diag"))
 
 
-def test_json_error_is_one_object(padst: Padst, tmp_path: Path) -> None:
-    import json
-
-    result = padst("inspect", tmp_path / "nowhere", "--json")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "nowhere"), "nowhere"),
+        (("sparsify", "m", "--steps", "abc"), "'--steps'"),
+        (("sparsify", "m", "--stepz", 3), "--stepz"),
+        (("plan",), "'MODEL'"),
+        (("sparsely", "m"), "sparsely"),
+    ],
+)
+def test_json_error_is_one_object(padst: Padst, arguments: tuple[object, ...], words: str) -> None:
+    result = padst(*arguments, "--json")
     assert result.exit_code == 2
-    assert json.loads(result.stdout)["error"]
+    found = json.loads(result.stdout)
+    assert words in found["error"]
+    assert found["exit_code"] == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert padst(*arguments).stdout == "", "without --json an error is on stderr alone"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", b"\xff"])
+def test_damaged_figures_stop_an_export(
+    padst: Padst, sparsified: Callable[..., Path], tmp_path: Path, content: str | bytes
+) -> None:
+    shutil.copytree(sparsified("diag"), tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = padst.error("export", tmp_path / "run", "--output", tmp_path / "out")
+    assert "has a damaged results.json" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_needs_no_other_figures(padst: Padst, sparsified: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(sparsified("diag"), tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    results.write_text(
+        json.dumps({key: each for key, each in json.loads(results.read_text()).items() if key in FIGURES})
+    )
+    padst.json("export", tmp_path / "run", "--output", tmp_path / "out")
 
 
 def test_unknown_instruction_set(padst: Padst, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import signal
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_a_users_error_becomes_one_sentence_and_its_exit_code(capsys: pytest.Cap
         raise PadstError("the cat sat on the model")
     assert left.value.exit_code == 2
     assert "the cat sat on the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_holds_back_what_the_kernels_log(caplog: pytest.LogCaptureFixture, quiet: bool) -> None:
+    log = logging.getLogger("padst_kernels")
+    with Common(quiet=quiet).running():
+        log.warning("measuring")
+    assert ("measuring" in caplog.text) is not quiet
+    log.warning("afterwards")
+    assert "afterwards" in caplog.text
 
 
 @pytest.mark.usefixtures("ctrl_c")

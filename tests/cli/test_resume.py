@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from padst_cli import quickstart
 from padst_cli.pipeline import exporting, run
@@ -113,9 +115,43 @@ def test_a_stop_before_training_can_be_resumed_as_it_says(
         patched.setattr(run, "initialise", stop)
         result = padst(*arguments(gpt2, train_text, heldout_text, folder), "--quiet")
     assert result.exit_code == 130
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"event": "Pha')  # as a kill may leave it
     again = f"padst sparsify {gpt2} --output {folder} --resume"
     assert result.output.splitlines() == [f"error: interrupted, the state is saved; go on with: {again}"]
     assert padst.json(*again.split()[1:])["steps"] == STEPS
+    phases = [json.loads(line).get("phase") for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"calibrate", "train", "final"} <= set(phases)
+
+
+@pytest.mark.parametrize("damage", [b"torn", None])
+def test_a_damaged_start_is_said_and_can_be_removed(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: bytes | None,
+) -> None:
+    folder = tmp_path / "run"
+    command = arguments(gpt2, train_text, heldout_text, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "sparsify_modules", stop)
+        assert padst(*command).exit_code == 130
+    start = folder / "state" / "start.pt"
+    if damage is None:
+        torch.save({"another.layer": {}}, start)
+    else:
+        start.write_bytes(damage)
+    said = padst.error(*command, "--resume")
+    assert "start.pt' cannot be read" in said
+    assert "remove it and resume" in said
+    start.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "sparsify_modules", stop)
+        assert padst(*command, "--resume").exit_code == 130
+    assert start.is_file(), "calibrated anew"
 
 
 def test_a_stop_before_the_folder_is_begun_leaves_nothing(

@@ -70,6 +70,16 @@ def test_bad_values_name_the_key(raw: dict[str, Any], words: list[str]) -> None:
         assert word in sentence
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"training": 1}, "training is 1; it should be a mapping"), ({"training": {1: 2}}, "'training.1'")],
+)
+def test_changes_of_the_wrong_shape_name_the_cell(changes: dict[str, Any], words: str) -> None:
+    study = StudyRecipe.from_dict({**ONE, "methods": {"mine": changes}})
+    with pytest.raises(PadstError, match=f"cell 'tiny-diag-mine-0.8-seed0' of the study: .*{words}"):
+        expand(study)
+
+
 def test_names_variables_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_DATA", "/data")
     raw = {"models": [{"model": "$SOME_DATA/tiny/", "data": "${SOME_DATA}/t.txt"}], "structures": ["nm", "diag"]}
