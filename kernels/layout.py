@@ -13,6 +13,11 @@ from .cost import Work, resident_bound
 from .steps import Steps
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """`[..., features]` as `[tokens, features]`, one token where x has no other dimension."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class Kernel(Protocol):
     """One way to compute a sparse layer, bound to one layout; it keeps what it prepares from the packed tensors."""
 

@@ -208,6 +208,14 @@ def test_calibrating_is_done_with_the_threads_of_the_run(
     assert seen == [(2, 2)]
 
 
+def test_calibrating_kernels_that_are_not_there_is_refused(
+    sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "library", lambda: None)
+    with pytest.raises(PadstError, match=r"--calibrate .*install a C compiler"):
+        run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,), calibrate=True)
+
+
 def test_the_transient_product_is_named_and_its_weight_counted(
     sources: dict[str, Source], machine_costs: Callable[..., None]
 ) -> None:

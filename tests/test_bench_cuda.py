@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,22 @@ def test_a_static_cache_makes_the_tokens_of_a_growing_one(sparse: Any) -> None:
                 token = sparse(input_ids=expected).logits[:, -1:].argmax(dim=-1)
                 expected = torch.cat([expected, token], dim=1)
             assert tokens == expected[0, 5:].tolist()
+
+
+def test_everything_is_timed_on_the_gpu_where_the_model_is(sparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    @contextmanager
+    def current(where: torch.device) -> Iterator[None]:
+        seen.append(where)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(bench_run, "current", current)
+    monkeypatch.setattr(bench_run, "_calibrate", lambda *_: seen.append("calibrated"))
+    monkeypatch.setattr(bench_run._Run, "result", lambda *_: seen.append("measured"))
+    bench(sparse, task="causal-lm", calibrate=True, timing=QUICK)
+    assert seen == [sparse.device, "calibrated", "measured", "left"]
 
 
 def test_compiled_models_are_for_a_gpu(sparse: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from ..cost import FEW
@@ -54,7 +55,8 @@ class NativeKernel:
     """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
 
     A call may end in an activation, one of `epilogues`: it is taken of sums before these leave the kernel. Gradients
-    reach x and the bias; `materialise` gives W `[out, in]` dense, which only the backward pass needs.
+    reach x and the bias, and their tangents in forward mode reach y, unless in `no_grad`, where nothing looks for any;
+    `materialise` gives W `[out, in]` dense, which only the backward pass needs.
     """
 
     epilogues = frozenset(_TORCH)
@@ -77,7 +79,9 @@ class NativeKernel:
         With one token a layer takes no longer than a dozen calls into torch: whatever a call shares with the one before
         is kept in `_recent`, which is one tuple, so that threads can only replace it as a whole.
         """
-        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad) or forward_ad._current_level >= 0
+        ):
             result: Tensor = _WithGradient.apply(self, x, bias, materialise)
             return _TORCH[activation](result) if activation else result
         shape, dtype, threads, ending, like, address, _ = self._recent
@@ -151,7 +155,7 @@ class _WithGradient(torch.autograd.Function):
     def forward(
         ctx: Any, kernel: NativeKernel, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]
     ) -> Tensor:
-        ctx.materialise = materialise
+        ctx.kernel, ctx.materialise = kernel, materialise
         return kernel(x.detach(), None if bias is None else bias.detach(), materialise)
 
     @staticmethod
@@ -160,6 +164,11 @@ class _WithGradient(torch.autograd.Function):
         dx = dy @ ctx.materialise().to(dy.dtype) if ctx.needs_input_grad[1] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
         return None, dx, db, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        _, dx, db, _ = tangents
+        return ctx.kernel(dx, db, ctx.materialise)
 
 
 @torch.library.custom_op("padst::sparse_linear", mutates_args=())

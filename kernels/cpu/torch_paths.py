@@ -1,12 +1,13 @@
 """Sparse layers through plain torch operations: what runs everywhere, and what every other kernel is compared with.
 
-y = (S x[..., perm_in])[..., perm_out] + b. Both paths work on any device and under torch.compile, and pass gradients
-to x.
+y = (S x[..., perm_in])[..., perm_out] + b, in the dtype of x. All work under torch.compile, under autocast and on any
+device (the one in place on the CPU), and pass gradients to x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class DenseMatmul:
         weight = self._weight
         if weight is None or weight.dtype != x.dtype:
             weight = self._make(x.dtype)
-        return functional.linear(x, weight, bias)
+        return _linear(x, weight, bias)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the dense copy."""
@@ -83,7 +84,7 @@ class DenseInPlace:
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.weight.shape[1]}")
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        return functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
+        return _linear(x, weight, bias)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill `tensors`, allocated as the checkpoint has them (`values`, indices, permutations), bit for bit."""
@@ -144,12 +145,10 @@ class GatherBmm:
         flat = x.reshape(x.numel() // in_features, in_features)
         widest = max(group.inputs.numel() for group in groups)
         pieces = flat.split(max(1, GATHERED_ENTRIES // widest))
-        y = (
-            torch.cat([self._multiply(piece, groups) for piece in pieces])
-            if len(pieces) > 1
-            else self._multiply(flat, groups)
-        )
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], out_features)
+        with _in_given_dtypes(x):
+            parts = [self._multiply(piece, groups) for piece in pieces]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (y if bias is None else y + bias.to(x.dtype)).reshape(*x.shape[:-1], out_features)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the reordered copy of the values."""
@@ -204,6 +203,23 @@ class GatherBmm:
             stacked = values[blocks].transpose(2, 3).reshape(len(rows), length * size, size).contiguous()
             groups.append(_RowGroup(rows, inputs, stacked))
         return groups
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if not _autocast(x):
+        return functional.linear(x, weight, bias)
+    with _in_given_dtypes(x):
+        return functional.linear(x, weight, bias)
+
+
+def _autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _in_given_dtypes(x: Tensor) -> AbstractContextManager[object]:
+    # Autocast would choose another dtype for a product, which compiled kernels do not: paths must not differ in that.
+    return torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext()
 
 
 def _outside_inference_mode() -> torch.inference_mode:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..layout import rows_of
 from .isa import ISAS
 from .library import LayerHeader, image_values, library
 from .native import call, make_image, pointer
@@ -147,7 +148,7 @@ class TrainingKernel:
         """The gradient that a dense weight `[out, in]` in the coordinates of S would have."""
         u = x if self.perm_in is None else x.index_select(-1, self.perm_in)
         dz = dy if self._inverse_out is None else dy.index_select(-1, self._inverse_out)
-        return dz.flatten(0, -2).T @ u.flatten(0, -2)
+        return rows_of(dz).T @ rows_of(u)
 
     def _run(self, image: _Image, x: Tensor, bias: Tensor | None, features: int) -> Tensor:
         return call(self._lib.padst_forward, image.image.data_ptr(), x, bias, features, torch.get_num_threads())
@@ -179,7 +180,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = kernel.dense_weight_gradient(x, dy) if ctx.dense_gradient else kernel.weight_gradient(x, dy)
         if ctx.needs_input_grad[2]:
-            db = dy.flatten(0, -2).sum(dim=0)
+            db = rows_of(dy).sum(dim=0)
         return dx, dw, db, None, None
 
 

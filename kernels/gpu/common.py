@@ -8,6 +8,7 @@ its inverse `store` int32 `[out]`: row r of S belongs to output store[r].
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import wrap_triton
+
+from .device import is_current
 
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
 """What an epilogue can apply: nothing, GELU, its approximation by tanh (Hendrycks and Gimpel, 2016), SiLU."""
@@ -68,8 +71,27 @@ def direct(x: Tensor) -> bool:
 
 
 def launcher(kernel: Any, x: Tensor) -> Any:
-    """What launches a kernel on x: itself, or, while a graph is traced, what puts it there."""
-    return kernel if direct(x) else wrap_triton(kernel)
+    """What launches a kernel on x: itself, or, while a graph is traced, what puts it there.
+
+    Triton launches on the current device, which need not be that of x where a model is spread over several.
+    """
+    if not direct(x):
+        return wrap_triton(kernel)
+    return kernel if is_current(x.device) else _Elsewhere(kernel, x.device)
+
+
+class _Elsewhere:
+    """A kernel for a device that is not the current one."""
+
+    def __init__(self, kernel: Any, device: torch.device) -> None:
+        self._kernel, self._device = kernel, device
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            with torch.cuda.device(self._device):
+                self._kernel[grid](**arguments)
+
+        return launch
 
 
 PROGRAMS = 264

@@ -146,9 +146,10 @@ def diag_kernel(  # type: ignore[no-untyped-def]
             if TALL:
                 around = number < diagonals
                 number = tl.where(around, number, number - diagonals)
-                offset = tl.load(offsets + number, mask=here, other=2 * out_features)
+                offset = tl.load(offsets + number, mask=here, other=0)
                 column = row[None, :] + (tl.where(around, out_features, 0) - offset)[:, None]
-                live = column.to(tl.uint32, bitcast=True) < in_features  # and so not negative
+                # As unsigned, and so not negative.
+                live = here[:, None] & (column.to(tl.uint32, bitcast=True) < in_features)
                 place = number.to(tl.int64)[:, None] * in_features + column
             else:
                 column = row[None, :] + tl.load(offsets + number, mask=here, other=0)[:, None]

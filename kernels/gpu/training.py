@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..layout import rows_of
 from . import rules
 from .layer import OPERATORS, operands_of
 from .permute import inverse, permute
@@ -98,7 +99,7 @@ class TritonTraining:
     def dense_weight_gradient(self, x: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
         """The gradient that a dense weight `[out, in]` in the coordinates of S would have, for dz of `structured`."""
         u = x if self._perm_in is None else permute(x.contiguous(), self._perm_in)
-        return (dz.flatten(0, -2).T @ u.flatten(0, -2)).to(weight.dtype)
+        return (rows_of(dz).T @ rows_of(u)).to(weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         state = (weight.data_ptr(), weight._version, dtype)
@@ -131,7 +132,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = (kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient)(x, dz, weight)
         if ctx.needs_input_grad[2]:
-            db = dy.flatten(0, -2).sum(dim=0)
+            db = rows_of(dy).sum(dim=0)
         return dx, dw, db, None, None
 
 

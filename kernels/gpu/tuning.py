@@ -18,6 +18,7 @@ import torch
 
 from ..steps import Steps, bucket, octave
 from . import measured
+from .device import current
 from .measured import Cut, Measured
 from .timing import Timer
 
@@ -97,7 +98,7 @@ def tune(work: Callable[[], object], timer: Timer, device: torch.device) -> floa
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("kernels cannot be tuned while a CUDA graph is captured")
     best: dict[Place, Any] = {}
-    with _trying() as trial:
+    with current(device), _trying() as trial:
         _seconds_with(trial, best, work, timer)
         while untried := [place for place in trial.spaces if place not in best]:
             place = untried[0]

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from padst_kernels.cpu.library import library
 from padst_kernels.dispatch import calibrate_gpu, recalibrate, scratch_bytes
 from padst_kernels.gpu.calibrate import silent
+from padst_kernels.gpu.device import current
 
 from padst_cli.bench.break_even import DENSITIES, break_even_densities
 from padst_cli.bench.cuda import stopwatch_for
@@ -51,7 +53,7 @@ def bench(
     `task` is the source's; `threads` None keeps torch's; `calibrate` measures the costs of this machine anew first, by
     which paths are chosen; `train` adds training steps. `batch` is that of whole models, `compiled` runs these through
     torch.compile, `cuda_graphs` captures what is timed; the last two count for both sides, and on a GPU alone. Raises
-    `PadstError` for a model without sparse layers.
+    `PadstError` for a model without sparse layers, and for a calibration of kernels that are not there.
     """
     if not packed_layers(sparse):
         raise PadstError(
@@ -66,12 +68,13 @@ def bench(
     torch.set_num_threads(threads)
     try:
         stopwatch = stopwatch_for(timing, threads, sparse.device, cuda_graphs)
-        if calibrate:
-            _calibrate(sparse, threads, on_progress)
-        with evaluating(sparse, dense):
-            whole = Whole(batch, compiled)
-            run = _Run(sparse, tuple(tokens), stopwatch, whole, seed, on_progress, break_even, train)
-            return run.result(dense, task, layers_only)
+        with current(sparse.device):
+            if calibrate:
+                _calibrate(sparse, threads, on_progress)
+            with evaluating(sparse, dense):
+                whole = Whole(batch, compiled)
+                run = _Run(sparse, tuple(tokens), stopwatch, whole, seed, on_progress, break_even, train)
+                return run.result(dense, task, layers_only)
     finally:
         torch.set_num_threads(before)
 
@@ -79,6 +82,11 @@ def bench(
 def _calibrate(sparse: Any, threads: int, on_progress: OnProgress | None) -> None:
     """Measure anew what paths are chosen by, on the device where the model is."""
     if sparse.device.type != "cuda":
+        if library() is None:
+            raise PadstError(
+                "--calibrate measures padst's compiled kernels, and this padst was installed without them; leave it "
+                "out, or install a C compiler and padst again"
+            )
         recalibrate(threads)
         return
     layouts = [layer.layout() for layer in packed_layers(sparse).values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from padst_kernels.dispatch import (
     select,
 )
 from torch import Tensor, nn
+from torch._C import _is_tracing
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional
 
@@ -30,11 +31,11 @@ from padst_cli.structures import Structure
 class PackedLinear(nn.Module):
     """y = (S x[..., perm_in])[..., perm_out] + b for x `[..., in]`, with S packed after its structure.
 
-    `values` is a frozen parameter, indices and permutations are int buffers. The product is computed in the dtype of
-    x: the values, stored in their own dtype, are converted to it (exact where x is the wider, rounded once where it
-    is not). `epilogue` is an activation that follows, as kernels call it and as a module (`fusion.py`); none by
-    default. The empty parameter `weight` stands in the file under the dense weight's name, so that a program that
-    does not know the format stops on its shape; it also answers code that asks a layer for its weight's dtype or
+    `values` is a frozen parameter, indices and permutations are int buffers. The product is computed in the dtype of x,
+    under autocast too: the values, stored in their own dtype, are converted to it (exact where x is the wider, rounded
+    once where it is not). `epilogue` is an activation that follows, as kernels call it and as a module (`fusion.py`);
+    none by default. The empty parameter `weight` stands in the file under the dense weight's name, so that a program
+    that does not know the format stops on its shape; it also answers code that asks a layer for its weight's dtype or
     device.
 
     A layer is *compact* from its first call on, where compiled kernels serve it: their image holds the values and
@@ -58,7 +59,7 @@ class PackedLinear(nn.Module):
         self.out_features = layer_format.structure.out_features
         self.in_features = layer_format.structure.in_features
         self.epilogue: tuple[str, nn.Module] | None = None
-        self._layout: tuple[Any, Layout] | None = None
+        self._layout: tuple[list[tuple[int, int]], Layout, list[Tensor]] | None = None
         self._native: Compact | None = None
         self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
         self._value_dtype = value_dtype
@@ -110,7 +111,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`; raises ValueError for another width."""
-        if is_compiling():
+        if is_compiling() or _is_tracing():  # torch.jit's own name for this takes thrice as long
             return self._traced(x)
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
@@ -201,7 +202,9 @@ class PackedLinear(nn.Module):
 
     def layout(self) -> Layout:
         """What kernels are given of the layer, the same as long as its tensors are unchanged."""
-        state = _state_of(self.values)
+        # `values` first, which brings the others back from an image.
+        held = [self.values, *(buffer for buffer in self._buffers.values() if buffer is not None)]
+        state = _state_of(held)
         if self._layout is not None and self._layout[0] == state:
             return self._layout[1]
         perm_in, perm_out = self.permutations()
@@ -220,7 +223,7 @@ class PackedLinear(nn.Module):
             support=partial(structure.unpack_mask, tensors),
             repack=partial(_repack, structure, perm_in, perm_out),
         )
-        self._layout = (state, layout)
+        self._layout = (state, layout, held)  # held, so that no other tensors come to their ids
         return layout
 
     def _compact(self, dtype: torch.dtype) -> Compact | None:
@@ -258,8 +261,8 @@ class PackedLinear(nn.Module):
     def _traced(self, x: Tensor) -> Tensor:
         """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
 
-        `torch.export` shows stand-ins for tensors, of which no image can be made: the graph of a layer that was never
-        called holds the packed tensors and unpacks them at each call.
+        `torch.export` shows stand-ins for tensors, of which no image can be made, and `torch.jit.trace` would record
+        how one is: the graph of a layer that was never called holds the packed tensors and unpacks them at each call.
         """
         self._check(x)
         # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
@@ -315,9 +318,9 @@ class PackedLinear(nn.Module):
         return dict(self.__dict__)
 
 
-def _state_of(values: Tensor) -> tuple[int, int]:
+def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     # Inference tensors cannot be changed in place outside inference mode and count no versions.
-    return id(values), 0 if values.is_inference() else values._version
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _materialise(

@@ -244,6 +244,46 @@ if INTERPRETED:
                 sparse.weight.mul_(0.5)  # values are taken anew
                 double.weight.mul_(0.5)
 
+    @pytest.mark.parametrize("dense_gradient", [False, True])
+    def test_one_token_in_training_needs_no_further_dimension(monkeypatch, dense_gradient):
+        from padst_cli.training import sparse_linear
+        from tests.training.test_sparse_linear import IN, make
+
+        sparse = make("block")
+        double = copy.deepcopy(sparse).double()
+        monkeypatch.setattr(sparse_linear, "serves", lambda *_: False)
+        monkeypatch.setattr(rules, "trains", lambda _, weight: weight.dtype is torch.float32)
+        monkeypatch.setattr(rules, "training_pays", lambda *_: True)
+        sparse.dense_gradient = double.dense_gradient = dense_gradient
+        x, dy = torch.randn(IN), torch.randn(sparse.out_features)
+        sparse(x).backward(dy)
+        double(x.double()).backward(dy.double())
+        assert sparse.computed_by == "cuda-triton-block"
+        wanted = double.weight.grad if dense_gradient else torch.where(sparse.mask, double.weight.grad, 0.0)
+        torch.testing.assert_close(sparse.weight.grad.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(sparse.bias.grad, dy)
+
+    def test_narrow_layers_read_no_values_behind_their_own(make_case, monkeypatch):
+        """Rows of a program that are no rows of the layer, and diagonals that are none."""
+        case = make_case("diag", 5, 3, 0.6)
+        values = case.layout.tensors["values"]
+        room = torch.zeros(1 << 12)
+        room[: values.numel()] = values.flatten()
+        case.layout.tensors["values"] = room[: values.numel()].view(values.shape)
+        first, end = (room.data_ptr() + 4 * count for count in (values.numel(), room.numel()))
+        load, seen = interpreter.InterpreterBuilder.create_masked_load, []
+
+        def watched(self, pointers, mask, *rest):
+            addresses = pointers.data[mask.data]
+            seen.append(bool(((addresses >= first) & (addresses < end)).any()))
+            return load(self, pointers, mask, *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
+        check = torch.randn(2, 3)
+        close(layer.TritonKernel(case.layout)(check, None), case.weight, check, None)
+        assert seen
+        assert not any(seen)
+
     @pytest.mark.parametrize("family", ["diag", "2:4", "block 16"])
     def test_the_operators_keep_torch_s_rules(make_case, family):
         structure, options = FAMILIES[family]

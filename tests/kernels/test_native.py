@@ -11,6 +11,7 @@ from padst_kernels.cpu import library, transient
 from padst_kernels.cpu.isa import ISAS
 from padst_kernels.cpu.library import TYPES
 from padst_kernels.cpu.native import NativeKernel, kernel_name, serves, sparse_linear
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 CPU = torch.device("cpu")
@@ -283,6 +284,23 @@ def test_gradients_reach_input_and_bias(make_case, structure):
     (y * dy).sum().backward()
     torch.testing.assert_close(x.grad, dy @ case.weight)
     torch.testing.assert_close(bias.grad, dy.sum(dim=0))
+
+
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("dual", ["x", "bias", "x bias"])
+def test_tangents_of_input_and_bias_reach_the_output(make_case, dual, activation):
+    case = make_case("diag", 70, 50, 0.4, "io")
+    kernel = NativeKernel(case.layout)
+    with forward_ad.dual_level():
+        x, bias = (
+            forward_ad.make_dual(torch.randn(shape), torch.randn(shape)) if name in dual.split() else torch.randn(shape)
+            for name, shape in (("x", (3, 50)), ("bias", (70,)))
+        )
+        found, expected = kernel(x, bias, lambda: case.weight, activation), functional.linear(x, case.weight, bias)
+        expected = ACTIVATED[activation](expected) if activation else expected
+        torch.testing.assert_close(found, expected)
+        tangents = [forward_ad.unpack_dual(y).tangent for y in (found, expected)]
+        torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])

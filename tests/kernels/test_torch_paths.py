@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from padst_kernels.cpu import torch_paths
-from padst_kernels.cpu.torch_paths import DenseMatmul, GatherBmm
+from padst_kernels.cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
 from torch.nn import functional
 
 SHAPES = [(64, 48), (48, 160), (100, 70), (33, 129), (16, 16)]
@@ -75,6 +75,22 @@ def test_the_product_is_computed_in_the_dtype_of_the_input(make_case, kernel):
         y = bound(x.to(dtype), None)
         assert y.dtype is dtype
         expected = functional.linear(x.to(dtype).double(), case.weight.double())
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kernel", [GatherBmm, DenseMatmul, DenseInPlace])
+def test_neither_the_bias_nor_autocast_changes_the_dtype(make_case, kernel, autocast):
+    case = make_case("block", 64, 48, 0.4, "o")
+    case.layout.support, case.layout.repack = lambda: case.weight != 0, lambda *_: {}
+    x, bias = torch.randn(3, 48), torch.randn(64)
+    bound = kernel(case.layout)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = bound(x.to(dtype), bias)
+        assert y.dtype is dtype
+        expected = functional.linear(x.to(dtype).double(), case.weight.to(dtype).double(), bias.to(dtype).double())
+        tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 

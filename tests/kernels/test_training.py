@@ -83,6 +83,19 @@ def test_dense_gradient_is_that_of_a_dense_weight(family):
     close(weight.grad, reference(weight, mask, perms, x, torch.zeros(100), dy)[2])
 
 
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_one_token_needs_no_further_dimension(dense_gradient):
+    kernel, weight, mask, perms = make("diag", (100, 70), "io")
+    x, dy, bias = torch.randn(70).requires_grad_(), torch.randn(100), torch.zeros(100).requires_grad_()
+    y = kernel(x, weight, bias, dense_gradient)
+    y.backward(dy)
+    expected = reference(weight, mask, perms, x[None], torch.zeros(100), dy[None])
+    close(y[None], expected[0])
+    close(x.grad[None], expected[1])
+    close(weight.grad, expected[2] if dense_gradient else torch.where(mask, expected[2], 0.0))
+    close(bias.grad, dy)
+
+
 @pytest.mark.parametrize("family", ["diag", "block"])
 def test_values_follow_every_step_of_the_optimizer(family):
     kernel, weight, mask, perms = make(family, (64, 48), "i")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,6 +91,31 @@ def test_the_prepared_copy_follows_the_values(structure):
     assert layer.prepared_bytes() > 0
     layer.train()
     assert layer.prepared_bytes() == 0
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_what_is_prepared_follows_indices_and_permutations(structure):
+    """In float64, which runs from the packed tensors; one that is replaced may leave its id to another."""
+    layer, _, vector = make(structure)
+    x = torch.randn(3, 80, dtype=torch.float64)
+
+    def follows():
+        expected = functional.linear(x, layer.dense_weight().double(), vector.double())
+        torch.testing.assert_close(layer(x), expected)
+        return expected
+
+    seen = [follows()]
+    layer.perm_in.copy_(layer.perm_in.flip(0))
+    seen.append(follows())
+    layer.perm_out.copy_(layer.perm_out.flip(0))
+    seen.append(follows())
+    for _ in range(2):
+        layer.perm_in = layer.perm_in.roll(1)
+    seen.append(follows())
+    index = getattr(layer, {"diag": "offsets", "nm": "indices", "block": "col_indices"}[structure])
+    index.copy_(torch.where(index == index.max(), index.min(), index))
+    seen.append(follows())
+    assert not any(torch.equal(one, other) for one, other in pairwise(seen))
 
 
 def test_values_made_in_inference_mode_work():
@@ -199,6 +225,22 @@ def test_torch_export_takes_the_layer(structure, called):
     expected = functional.linear(x, weight, vector)
     torch.testing.assert_close(exported.module()(x), expected)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_torch_jit_traces_the_layer(structure, compact):
+    layer, weight, vector = make(structure)
+    layer.requires_grad_(False)  # a function's trace holds what it reads as constants, which have no gradients
+    if compact:
+        layer(torch.randn(1, 80))
+    traced = torch.jit.trace(lambda x: 2 * layer(x), torch.randn(4, 80), check_trace=False)
+    assert ("padst::sparse_linear" in str(traced.graph)) == compact
+    for x in (torch.randn(4, 80), torch.randn(7, 80)):
+        torch.testing.assert_close(traced(x), 2 * functional.linear(x, weight, vector))
+    x = torch.randn(3, 80)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), functional.linear(x, weight, vector))
 
 
 KEPT_DENSE = costs(kernel=1e-9, dense=1e-10, unpack=1e-9)
