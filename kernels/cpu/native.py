@@ -189,6 +189,36 @@ def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tenso
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.custom_op("padst::sparse_weight", mutates_args=())
+def sparse_weight(image: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """W `[out, in]` of an image, dense: what the backward pass of a graph needs, and makes anew."""
+    weight = torch.empty((out_features, in_features), dtype=dtype, device=image.device)
+    return transient.fill_dense(image.data_ptr(), weight, torch.get_num_threads())
+
+
+@sparse_weight.register_fake
+def _(image: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    return image.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, image, bias, out_features = inputs
+    del output
+    ctx.save_for_backward(image)
+    ctx.shape = out_features, x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    (image,) = ctx.saved_tensors
+    dx = dy @ torch.ops.padst.sparse_weight(image, *ctx.shape, dy.dtype) if ctx.needs_input_grad[0] else None
+    db = dy.reshape(-1, dy.shape[-1]).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return dx, None, db, None
+
+
+sparse_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 def call(
     forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int, threads: int
 ) -> Tensor:

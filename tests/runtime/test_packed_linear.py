@@ -169,6 +169,34 @@ def test_torch_compile_takes_the_layer_in_one_graph(structure):
         torch.testing.assert_close(compiled(x[:2]), expected[:2])
 
 
+@pytest.mark.parametrize("warm_in_inference_mode", [False, True])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_gradients_of_a_compiled_layer_are_those_of_the_eager_one(structure, warm_in_inference_mode):
+    layer, _, _ = make(structure)
+    with torch.inference_mode(warm_in_inference_mode):
+        layer(torch.randn(2, 80))
+    x = torch.randn(4, 3, 80, requires_grad=True)
+    dy = torch.randn(4, 3, 48)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(x), (x, layer.bias), dy)
+    found = torch.autograd.grad(compiled(x), (x, layer.bias), dy)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    # What asks for no gradient of the input still has one of the bias.
+    torch.testing.assert_close(torch.autograd.grad(compiled(x.detach()), layer.bias, dy)[0], expected[1])
+
+
+def test_the_operators_of_a_graph_keep_torchs_rules():
+    layer, _, vector = make()
+    layer(torch.randn(2, 80))
+    image = layer._native.image
+    for bias in (None, vector.requires_grad_()):
+        x = torch.randn(3, 80, requires_grad=True)
+        torch.library.opcheck(torch.ops.padst.sparse_linear.default, (x, image, bias, 48))
+    torch.library.opcheck(torch.ops.padst.sparse_weight.default, (image, 48, 80, torch.float32))
+
+
 @pytest.mark.parametrize("structure", ["diag", "block"])
 def test_a_compact_layer_is_compiled_for_float64_too(structure):
     layer, weight, vector = make(structure)
