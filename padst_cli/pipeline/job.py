@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padst_cli.checkpoint.reader import Source, load_processor, open_source
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
-from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame
+from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.text import max_positions
 from padst_cli.pipeline.planning import plan_for
@@ -46,6 +46,11 @@ class Job:
         inputs = ("input_ids", "pixel_values", "attention_mask")
         return [{key: batch[key].to(device) for key in inputs if key in batch} for batch in batches]
 
+    @property
+    def _vocabulary(self) -> int:
+        """How many tokens both the tokenizer and the model know."""
+        return min(len(self.processor), vocabulary_size(self.source) or len(self.processor))
+
     def objective(self, teacher: nn.Module | None) -> Objective:
         """What training minimises; without `teacher` the task's own loss."""
         tokenizer = self.processor if self.source.modality == "text" else None
@@ -55,7 +60,7 @@ class Job:
             self.recipe.training,
             teacher,
             mask_id=getattr(tokenizer, "mask_token_id", None),
-            vocabulary=None if tokenizer is None else len(tokenizer),
+            vocabulary=None if tokenizer is None else self._vocabulary,
             frame=(len(before), len(after)),
         )
 
@@ -127,4 +132,4 @@ def _items(
     positions = max_positions(source, None if source.task == "causal-lm" else processor)
     if positions is not None and length > positions:
         raise PadstError(f"--max-seq-length {length} is longer than the {positions} positions of '{source.name}'")
-    return TokenWindows.from_corpus(corpus, processor, length)
+    return TokenWindows.from_corpus(corpus, processor, length, vocabulary_size(source))
