@@ -60,7 +60,7 @@ def read_mapping(name_or_path: str, names: Sequence[str], kind: str) -> dict[str
         )
     try:
         raw = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise PadstError(f"{kind} '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
         raise PadstError(f"{kind} '{name_or_path}' is not a mapping of keys to values")

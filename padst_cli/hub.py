@@ -56,6 +56,8 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str | None 
             allow_patterns=UPLOADED,
             ignore_patterns=["*/*"],
         )
+    except errors.HFValidationError as error:
+        raise PadstError(f"'{repo}' is no name that the hub allows ({str(error).splitlines()[0]})") from error
     except errors.LocalTokenNotFoundError as error:
         raise PadstError(
             f"pushing to '{repo}' needs a login: run `hf auth login` with a token that may write"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from padst_cli.errors import PadstError
-from padst_cli.recipe import DATA_ALLOCATIONS, Recipe, parse_nm
+from padst_cli.recipe import Recipe, parse_nm
 from padst_cli.structures import DoesNotFit, Structure, StructureOptions, structure_class
-from padst_cli.targets import Skipped, Target, find_targets, matches
+from padst_cli.targets import Skipped, Target, check_pattern, find_targets, matches
 from padst_cli.tracing import example_inputs, layers_by_input
 from padst_cli.tying import tied_weights
 
@@ -128,8 +126,7 @@ def make_plan(model: nn.Module, recipe: Recipe, densities: Mapping[str, float] |
     """Lay the recipe's structure over every target layer of `model` (which may live on the meta device).
 
     `densities` by layer name are those that the data gave, for an allocation that asks it; until they are known such a
-    plan is uniform. Raises `PadstError` when a `--targets` or `--ignore` pattern matches nothing or no layer can be
-    sparsified.
+    plan is uniform. Raises `PadstError` when a pattern of the recipe matches nothing or no layer can be sparsified.
     """
     targets, skipped = find_targets(model, recipe)
     fitted: list[tuple[Target, Structure]] = []
@@ -176,6 +173,8 @@ def _layer_plan(target: Target, structure: Structure, shared: tuple[str, ...], r
 
 def fit(out_features: int, in_features: int, density: float, recipe: Recipe) -> Structure:
     """The member of the recipe's family for one shape and density; raises `DoesNotFit` where there is none."""
+    if not out_features * in_features:
+        raise DoesNotFit(f"a matrix [{out_features}, {in_features}] has no entries")
     options = StructureOptions(
         nm=parse_nm(recipe.nm) if recipe.nm else None,
         block_size=recipe.block_size,
@@ -222,17 +221,13 @@ def _parameters(model: nn.Module, unties: bool) -> tuple[int, int]:
 
 def _allocate(targets: list[Target], recipe: Recipe) -> list[float]:
     density = 1.0 - recipe.sparsity
-    if recipe.allocation == "uniform" or recipe.allocation in DATA_ALLOCATIONS:
-        return [density] * len(targets)
     if recipe.allocation == "erk":
         return _erk([(t.out_features, t.in_features) for t in targets], density)
-    path = Path(recipe.allocation)
-    if not path.is_file():
-        raise PadstError(f"--allocation '{recipe.allocation}' is neither uniform, erk, owl, error nor a file")
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(table, dict) or not all(isinstance(v, float) and 0 < v < 1 for v in table.values()):
-        raise PadstError(f"allocation file '{path}' is not a mapping of layer patterns to sparsities between 0 and 1")
-    return [next((1 - s for p, s in table.items() if matches(str(p), t.name)), density) for t in targets]
+    if isinstance(recipe.allocation, str):  # uniform, and so are those that ask the data until it has answered
+        return [density] * len(targets)
+    for pattern, _ in recipe.allocation:
+        check_pattern("--allocation", pattern, [target.name for target in targets])
+    return [next((1 - s for p, s in recipe.allocation if matches(p, t.name)), density) for t in targets]
 
 
 def _erk(shapes: list[tuple[int, int]], density: float) -> list[float]:

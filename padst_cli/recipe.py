@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
@@ -29,6 +30,12 @@ STUDY_PREFIX: Final = "study-"
 
 DATA_ALLOCATIONS = ("owl", "error")
 """Allocations that are decided by what calibration sees, not by shapes."""
+
+ALLOCATIONS = ("uniform", "erk", *DATA_ALLOCATIONS)
+"""Allocations by name; any other is a table."""
+
+AllocationTable = tuple[tuple[str, float], ...]
+"""Layer patterns with the sparsity of their layers; the first that matches a layer counts."""
 
 
 LEARNING_RATES: Final[Mapping[str, float]] = {
@@ -227,7 +234,11 @@ class CalibrationRecipe(Strict):
 
 
 class Recipe(Document):
-    """One whole run of `padst sparsify`."""
+    """One whole run of `padst sparsify`.
+
+    `allocation` is one of `ALLOCATIONS` or a table. A file of `pattern: sparsity` may be named in its place and is read
+    at once: the recipe holds what was in it.
+    """
 
     model: str | None = None
     structure: StructureName = "diag"
@@ -240,7 +251,7 @@ class Recipe(Document):
     block_rows: Literal["auto", "even", "free"] = "auto"
     nm: str | None = None
     band: int = Field(default=1, ge=1)
-    allocation: str = "uniform"
+    allocation: str | AllocationTable = "uniform"
     dense_control: bool = False
     eval_samples: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -256,6 +267,18 @@ class Recipe(Document):
         if not 0.0 < value < 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, both excluded, not {value}")
         return value
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _allocation_form(cls, value: Any) -> Any:
+        if value in ALLOCATIONS:
+            return value
+        table = _allocation_table(_read_allocation(value) if isinstance(value, str) else value)
+        if not table:
+            raise ValueError(
+                f"allocation {value!r} is no table of layer patterns with sparsities between 0 and 1, both excluded"
+            )
+        return table
 
     @field_validator("nm", mode="before")
     @classmethod
@@ -359,6 +382,20 @@ class Recipe(Document):
     def stated(self) -> dict[str, Any]:
         """The values that a file, a flag or the run itself stated, by dotted key; defaults are left out."""
         return dotted(self.model_dump(mode="json", exclude_unset=True))
+
+
+def _read_allocation(path: str) -> list[tuple[Any, Any]]:
+    if not Path(path).is_file():
+        raise ValueError(f"allocation '{path}' is neither {', '.join(ALLOCATIONS)} nor a file")
+    return list(read_mapping(path, (), "allocation file").items())
+
+
+def _allocation_table(pairs: Any) -> AllocationTable | None:
+    try:
+        table = tuple((str(pattern), float(sparsity)) for pattern, sparsity in pairs)
+    except (TypeError, ValueError):
+        return None
+    return table if all(0.0 < sparsity < 1.0 for _, sparsity in table) else None
 
 
 def parse_nm(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ embeddings, heads and poolers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -99,6 +99,15 @@ def matches(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
+def check_pattern(flag: str, pattern: str, names: Sequence[str]) -> None:
+    """Raise `PadstError` where the pattern that `flag` gave means none of the linear layers `names`."""
+    if not any(matches(pattern, name) for name in names):
+        tails = sorted({name.rpartition(".")[2] for name in names})
+        raise PadstError(
+            f"{flag} '{pattern}' matches no linear layer{nearest(pattern, tails)}; the layers end in {', '.join(tails)}"
+        )
+
+
 def _reason_to_skip(name: str, module: nn.Module, model: nn.Module, recipe: Recipe) -> str | None:
     if any(matches(pattern, name) for pattern in recipe.ignore):
         return "ignored by --ignore"
@@ -144,9 +153,4 @@ def _check_patterns(recipe: Recipe, names: list[str]) -> None:
         for pattern in patterns:
             if pattern == DEFAULT_TARGETS and flag == "--targets":
                 continue
-            if not any(matches(pattern, name) for name in names):
-                tails = sorted({name.rpartition(".")[2] for name in names})
-                raise PadstError(
-                    f"{flag} '{pattern}' matches no linear layer{nearest(pattern, tails)}; "
-                    f"the layers end in {', '.join(tails)}"
-                )
+            check_pattern(flag, pattern, names)

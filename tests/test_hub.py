@@ -91,6 +91,7 @@ def http_error(status):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (errors.HFValidationError("Cannot have -- in a name"), "no name that the hub allows"),
         (errors.LocalTokenNotFoundError("x"), "hf auth login"),
         (http_error(401), "refuses to write"),
         (http_error(403), "refuses to write"),

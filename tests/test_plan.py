@@ -126,3 +126,14 @@ def test_matrices_are_trained_on_the_smaller_side_unless_both_are_asked_for(lear
     assert all(layer.trained == layer.sides == ("input", "output") for layer in both.layers)
     assert auto.run_bytes(True, False) < both.run_bytes(True, False)
     assert all(layer.trained == layer.sides for layer in plan_of("llama", {"permutation.learner": "refined"}).layers)
+
+
+def test_layers_without_entries_are_told() -> None:
+    with pytest.raises(PadstError, match=r"a matrix \[0, 32\] has no entries"):
+        plan_of("llama", {"targets": ("gate_proj",)}, intermediate_size=0)
+
+
+def test_an_allocation_that_means_no_layer_is_refused(tmp_path) -> None:
+    (tmp_path / "table.yaml").write_text("k_proj: 0.8\nv_prj: 0.7\n")
+    with pytest.raises(PadstError, match=r"--allocation 'v_prj' matches no linear layer \(did you mean 'v_proj'\?\)"):
+        plan_of("llama", {"allocation": str(tmp_path / "table.yaml")})

@@ -213,3 +213,41 @@ def test_another_nm_says_the_sparsity_anew(whole: bool) -> None:
 def test_nm_must_agree_with_what_stands_beside_it(raw: dict[str, object], said: str) -> None:
     with pytest.raises(PadstError, match=re.escape(said)):
         Recipe.from_dict(raw)
+
+
+def test_a_recipe_holds_the_allocation_that_was_in_the_file(tmp_path: Path) -> None:
+    table = tmp_path / "table.yaml"
+    table.write_text("mlp.c_fc: 0.8\n0: 0.7\n")
+    recipe = Recipe.from_dict({"allocation": str(table)})
+    assert recipe.allocation == (("mlp.c_fc", 0.8), ("0", 0.7))
+    table.unlink()
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    read = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert read == recipe.updated({"seed": 0})
+    assert read.stated()["allocation"] == [["mlp.c_fc", 0.8], ["0", 0.7]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: [", "not valid YAML"),
+        (b"a: \xff", "not valid YAML"),
+        (b"a: !!python/name:os.system", "not valid YAML"),
+        (b"a: 2001-99-99", "not valid YAML"),
+        (b"- a", "not a mapping"),
+        (b"a: 1.5", "between 0 and 1"),
+        (b"a: none", "between 0 and 1"),
+        (b"{}", "between 0 and 1"),
+    ],
+)
+def test_bad_allocation_files(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "table.yaml").write_bytes(content)
+    with pytest.raises(PadstError, match=says) as caught:
+        Recipe.from_dict({"allocation": str(tmp_path / "table.yaml")})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("allocation", [5, ["a"], [["a", "b"]], {"a": 0.5}])
+def test_bad_allocation_tables(allocation: object) -> None:
+    with pytest.raises(PadstError, match="layer patterns with sparsities"):
+        Recipe.from_dict({"allocation": allocation})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padst_cli.checkpoint.reader import Source, plain_config
+from padst_cli.checkpoint.reader import Source, untrained
 from padst_cli.errors import PadstError
 from padst_cli.permutation.apply import identity, random_permutation
 from padst_cli.plan import LayerPlan, make_plan
@@ -63,13 +63,13 @@ def random_sparse(
 
 def _dense_model(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
     if device.type != "cuda":
-        return source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
+        return untrained(source).to(device=device, dtype=dtype)
     # Made where it is to be: billions of random numbers take the CPU minutes, and twice the memory.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return source.model_class(plain_config(source)).to(device=device, dtype=dtype).eval()
+            return untrained(source).to(device=device, dtype=dtype)
     finally:
         torch.set_default_dtype(before)
 

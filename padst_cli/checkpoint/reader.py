@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,16 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
 def skeleton(source: Source) -> nn.Module:
     """The dense model of the source's architecture on the meta device, in evaluation mode; no weights are read."""
     with torch.device("meta"):
+        return untrained(source)
+
+
+def untrained(source: Source) -> nn.Module:
+    """The dense model of the source's architecture in evaluation mode, on torch's default device and in its default
+    dtype, with the random weights that transformers begins with.
+
+    Raises `PadstError` where transformers cannot make it from the config.
+    """
+    with _transformers_at_work(f"'{source.name}': no {source.architecture} can be made from its config.json"):
         model: nn.Module = source.model_class(plain_config(source))
     return model.eval()
 
@@ -116,7 +127,7 @@ def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[A
     """
     from safetensors import SafetensorError
 
-    with quiet_transformers():
+    with _transformers_at_work(f"'{source.name}' cannot be loaded"):
         try:
             model, info = source.model_class.from_pretrained(
                 source.folder,
@@ -129,8 +140,6 @@ def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[A
             )
         except SafetensorError as error:
             raise PadstError(f"'{source.name}' has a damaged safetensors file ({error}); fetch it again") from error
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise PadstError(f"'{source.name}' cannot be loaded: {_first_line(error)}") from error
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise PadstError(
             f"'{source.name}' stores '{name}' with shape {list(stored)}, and its config.json makes it {list(wanted)}; "
@@ -162,11 +171,8 @@ def load_processor(source: Source) -> Any | None:
     if not present:
         return None
     kind = "image processor" if source.modality == "image" else "tokenizer"
-    with quiet_transformers():
-        try:
-            return loader.from_pretrained(source.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise PadstError(f"the {kind} of '{source.name}' cannot be loaded: {_first_line(error)}") from error
+    with _transformers_at_work(f"the {kind} of '{source.name}' cannot be loaded"):
+        return loader.from_pretrained(source.folder, local_files_only=True)
 
 
 def plain_config(source: Source) -> Any:
@@ -237,6 +243,8 @@ def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
         raise PadstError(
             f"no folder '{model}' and no such model on the hub (for a private one log in with `hf auth login`)"
         ) from error
+    except errors.HFValidationError as error:
+        raise PadstError(f"no folder '{model}', and it is no name that the hub allows ({_reason(error)})") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise PadstError(
             f"no folder '{model}', and the hub cannot be reached to fetch {where}; check the spelling or the connection"
@@ -256,26 +264,31 @@ def _read_config(model: str, folder: Path) -> Any:
         raise PadstError(f"'{model}': config.json is not valid JSON ({_first_line(error)})") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise PadstError(f"'{model}': config.json names no model_type, so it is not a transformers model")
-    with quiet_transformers():
+    with _transformers_at_work(f"'{model}': transformers cannot read its config of type '{raw['model_type']}'"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    labels = getattr(config, "label2id", None)
+    if labels is not None:
         try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PadstError(
-                f"'{model}': transformers cannot read its config of type '{raw['model_type']}' ({_first_line(error)})"
-            ) from error
+            # The example script that fine-tunes image classifiers writes the numbers as text.
+            config.label2id = {name: int(number) for name, number in labels.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise PadstError(f"'{model}': label2id in config.json is no mapping of class names to numbers") from None
+    return config
 
 
 def _architecture(model: str, config: Any) -> str:
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise PadstError(f"'{model}': config.json names no architecture; save the model again with save_pretrained")
+    names = getattr(config, "architectures", None)
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise PadstError(
+            f"'{model}': config.json names no architecture in a list; save the model again with save_pretrained"
+        )
     if not hasattr(transformers, names[0]):
         raise PadstError(
             f"'{model}' is a {names[0]}, which this version of transformers ({transformers.__version__}) does not have"
         )
-    return str(names[0])
+    return names[0]
 
 
 def _task(architecture: str) -> Task:
@@ -332,6 +345,27 @@ def _some(names: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of a library says, on one line; advice in further paragraphs is left out."""
+    said = " ".join(str(error).strip().partition("\n\n")[0].split())
+    # A KeyError says nothing but the key.
+    return said if " " in said else f"{type(error).__name__}: {said}"
+
+
+@contextmanager
+def _transformers_at_work(failure: str) -> Iterator[None]:
+    """Quiet transformers reading files that anyone may have written, which can raise anything: `PadstError` that
+    says `failure` and why.
+    """
+    with quiet_transformers():
+        try:
+            yield
+        except PadstError:
+            raise
+        except Exception as error:
+            raise PadstError(f"{failure} ({_reason(error)})") from error
 
 
 class quiet_transformers:

@@ -83,11 +83,17 @@ def _from_table(root: Path, label2id: Mapping[str, int] | None) -> tuple[list[Pa
     except UnicodeDecodeError as error:
         raise PadstError(f"'{table}' is not UTF-8 text (byte {error.start}); convert it") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise PadstError(
+            f"'{table}' is no table after line {reader.line_num} ({error}); is a quote left open?"
+        ) from None
     if not {"file", "label"} <= set(reader.fieldnames or ()):
         raise PadstError(f"'{table}' needs the columns 'file' and 'label' in its first line")
     files, labels = [], []
-    for row in reader:
-        where = f"'{table}' line {reader.line_num}"
+    for line, row in rows:
+        where = f"'{table}' line {line}"
         if not row["file"] or row["label"] is None:
             raise PadstError(f"{where} has no file or no label")
         files.append(_existing(root / row["file"], where))

@@ -44,12 +44,27 @@ def token_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def token_stream(corpus: TextCorpus, tokenizer: Any) -> Tensor:
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model (or what else has its `config`) takes, None where the configuration does not say."""
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def check_vocabulary(highest: int, vocabulary: int | None, where: str) -> None:
+    """Raise `PadstError` where the `highest` token id is none of a model's `vocabulary` (None: not known)."""
+    if vocabulary is not None and highest >= vocabulary:
+        raise PadstError(
+            f"the tokenizer gives {where} the token {highest}, and the model's vocabulary ends at "
+            f"{vocabulary - 1}; tokenizer and model do not belong together"
+        )
+
+
+def token_stream(corpus: TextCorpus, tokenizer: Any, vocabulary: int | None = None) -> Tensor:
     """All documents of a corpus as one int64 tensor `[tokens]`, with the separator (where there is one) between
     documents.
 
     Documents are tokenised without the special tokens that frame a single text, so joining adds nothing but the
-    separator. Raises `PadstError` where the tokenizer finds no token.
+    separator. Raises `PadstError` where the tokenizer finds no token, or one (the frame's too) outside the model's
+    `vocabulary`.
     """
     separator = separator_id(tokenizer)
     pieces: list[Tensor] = []
@@ -64,6 +79,8 @@ def token_stream(corpus: TextCorpus, tokenizer: Any) -> Tensor:
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
     if not stream.numel():
         raise PadstError(f"the tokenizer finds no token in '{corpus.name}'; give more text")
+    before, after = token_frame(tokenizer)
+    check_vocabulary(max([int(stream.max()), *before, *after]), vocabulary, f"'{corpus.name}'")
     return stream
 
 
@@ -103,10 +120,14 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self._suffix = torch.tensor(list(suffix), dtype=torch.int64)
 
     @classmethod
-    def from_corpus(cls, corpus: TextCorpus, tokenizer: Any, length: int) -> TokenWindows:
-        """Tokenise a corpus and cut it into windows of `length`, each framed as the tokenizer frames a text."""
+    def from_corpus(
+        cls, corpus: TextCorpus, tokenizer: Any, length: int, vocabulary: int | None = None
+    ) -> TokenWindows:
+        """Tokenise a corpus and cut it into windows of `length`, each framed as the tokenizer frames a text; the
+        model's `vocabulary` bounds its tokens.
+        """
         prefix, suffix = token_frame(tokenizer)
-        return cls(token_stream(corpus, tokenizer), length, f"'{corpus.name}'", prefix, suffix)
+        return cls(token_stream(corpus, tokenizer, vocabulary), length, f"'{corpus.name}'", prefix, suffix)
 
     def __len__(self) -> int:
         return self.stream.numel() // self.stride
@@ -149,7 +170,7 @@ def open_image(corpus: ImageCorpus, index: int) -> Image.Image:
             with Image.open(file) as image:
                 return image.convert("RGB")
         return file.load().convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         # Pillow raises SyntaxError for some broken PNG files.
         raise PadstError(
             f"'{file}' of '{corpus.name}' is not a readable image ({error}); replace or remove it"

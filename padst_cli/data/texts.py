@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from pathlib import Path
 
 from padst_cli.data.corpus import CHOICES, TextCorpus, text_corpus
 from padst_cli.errors import PadstError
 
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
 
 def load(spec: str, *, split: str) -> TextCorpus:
     """Read a text file, every file of a folder (and its subfolders) or of a glob, in the order of their paths.
 
-    A file is one document; of a `.jsonl` file every line's `text` is one. In a folder or a glob hidden files and files
-    that are not UTF-8 text are left out; a file that is named itself must be readable. Raises `PadstError` otherwise.
+    A file is one document; of a `.jsonl` file every line's `text` is one, in which half a surrogate pair (JSON can
+    escape one, tokenizers take none) becomes U+FFFD, as where text is decoded. In a folder or a glob hidden files and
+    files that are not UTF-8 text are left out; a file that is named itself must be readable. Raises `PadstError`
+    otherwise.
     """
     path = Path(spec)
     if path.is_file():
@@ -67,5 +72,5 @@ def _json_lines(path: Path, text: str) -> list[str]:
             ) from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise PadstError(f"'{path}' line {number} has no 'text' field that holds a string")
-        documents.append(row["text"])
+        documents.append(_HALF_CHARACTER.sub("\ufffd", row["text"]))
     return documents

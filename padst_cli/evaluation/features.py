@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from padst_cli.data.corpus import ImageCorpus, TextCorpus
-from padst_cli.data.items import ImageItems, TokenWindows, collate
+from padst_cli.data.items import ImageItems, TokenWindows, collate, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.forward import check_finite, device_of, evaluating
 from padst_cli.evaluation.result import Measured, OnProgress
@@ -42,7 +42,7 @@ def measure_features(
         )
     if isinstance(corpus, TextCorpus):
         context = choose_context(context, max_positions(model, processor))
-        items: Any = TokenWindows.from_corpus(corpus, processor, context)
+        items: Any = TokenWindows.from_corpus(corpus, processor, context, vocabulary_size(model))
     else:
         items = ImageItems(corpus, processor)
     count = min(len(items), max_samples or len(items))

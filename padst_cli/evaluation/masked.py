@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from padst_cli.data.corpus import TextCorpus
-from padst_cli.data.items import TokenWindows, token_frame
+from padst_cli.data.items import TokenWindows, check_vocabulary, token_frame, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.forward import (
     check_finite,
@@ -68,7 +68,9 @@ def measure_masked(
     if tokenizer.mask_token_id is None:
         raise PadstError("this tokenizer has no mask token, so the model cannot be measured as a masked language model")
     context = choose_context(context, max_positions(model, tokenizer))
-    items = TokenWindows.from_corpus(corpus, tokenizer, context)
+    vocabulary = vocabulary_size(model)
+    items = TokenWindows.from_corpus(corpus, tokenizer, context, vocabulary)
+    check_vocabulary(tokenizer.mask_token_id, vocabulary, "a masked position")
     count = min(len(items), max_samples or len(items))
     batch_size = fitting_batch(batch_size, context, model.config.get_text_config().vocab_size)
     device = device_of(model, device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from padst_cli.data.corpus import TextCorpus
-from padst_cli.data.items import token_frame, token_stream
+from padst_cli.data.items import token_frame, token_stream, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.forward import (
     accepted,
@@ -123,7 +123,7 @@ def _cut(model: Any, tokenizer: Any, corpus: TextCorpus, context: int | None, st
     body = context - len(prefix)
     if body < 1:
         raise PadstError(f"a context of {context} leaves no room beside the start token; use --context 2 or more")
-    stream = token_stream(corpus, tokenizer)
+    stream = token_stream(corpus, tokenizer, vocabulary_size(model))
     if stream.numel() < max(context, 2):
         raise PadstError(
             f"'{corpus.name}' ({corpus.split}) has {stream.numel()} tokens, fewer than the context of {context}: "

@@ -15,7 +15,7 @@ from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.checkpoint.writer import atomic_folder, check_shard_size, copy_processor_files, write_model
 from padst_cli.data.corpus import TextCorpus, load_corpus
-from padst_cli.data.items import ImageItems, TokenWindows, collate
+from padst_cli.data.items import ImageItems, TokenWindows, collate, vocabulary_size
 from padst_cli.errors import CheckFailed, PadstError, nearest
 from padst_cli.events import OnEvent, PhaseStarted, ignore
 from padst_cli.pipeline.cards import run_results, write_export_card
@@ -132,7 +132,7 @@ def _real_input(
     items: TokenWindows | ImageItems
     if isinstance(corpus, TextCorpus):
         positions = getattr(source.config, "max_position_embeddings", CHECK_TOKENS)
-        items = TokenWindows.from_corpus(corpus, processor, min(CHECK_TOKENS, positions))
+        items = TokenWindows.from_corpus(corpus, processor, min(CHECK_TOKENS, positions), vocabulary_size(source))
     else:
         items = ImageItems(corpus, processor)
     batch = collate([items[index] for index in range(min(CHECK_ITEMS, len(items)))])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padst_cli.checkpoint.reader import Source, load_processor, open_source
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
-from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame
+from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation.text import max_positions
 from padst_cli.pipeline.planning import plan_for
@@ -51,6 +51,11 @@ class Job:
         """Whether the dense model is fine-tuned, too: an encoder without a head has no loss of its own for that."""
         return self.recipe.dense_control and self.source.task != "encoder"
 
+    @property
+    def _vocabulary(self) -> int:
+        """How many tokens both the tokenizer and the model know."""
+        return min(len(self.processor), vocabulary_size(self.source) or len(self.processor))
+
     def objective(self, teacher: nn.Module | None) -> Objective:
         """What training minimises; without `teacher` the task's own loss."""
         tokenizer = self.processor if self.source.modality == "text" else None
@@ -60,7 +65,7 @@ class Job:
             self.recipe.training,
             teacher,
             mask_id=getattr(tokenizer, "mask_token_id", None),
-            vocabulary=None if tokenizer is None else len(tokenizer),
+            vocabulary=None if tokenizer is None else self._vocabulary,
             frame=(len(before), len(after)),
         )
 
@@ -132,4 +137,4 @@ def _items(
     positions = max_positions(source, None if source.task == "causal-lm" else processor)
     if positions is not None and length > positions:
         raise PadstError(f"--max-seq-length {length} is longer than the {positions} positions of '{source.name}'")
-    return TokenWindows.from_corpus(corpus, processor, length)
+    return TokenWindows.from_corpus(corpus, processor, length, vocabulary_size(source))

@@ -33,8 +33,8 @@ class EvaluateResult:
 
     @property
     def ratio(self) -> float | None:
-        """This model's value over the other's."""
-        return self.figures.value / self.other.value if self.other else None
+        """This model's value over the other's; None without another, and where the other's is 0."""
+        return self.figures.value / self.other.value if self.other and self.other.value else None
 
     @property
     def metric_name(self) -> str:
@@ -105,7 +105,7 @@ def evaluate(
             loaded.model, loaded.processor, tasks, limit=limit, batch_size=batch_size, include_path=include_path
         )
     figures = measure(loaded, reference)
-    other = measure(second, reference if reference is second.model else None) if second else None
+    other = measure(second, reference) if second else None
     return EvaluateResult(model, figures, kernels_of(loaded.model, 1, figures.context or 1), compare, other, scores)
 
 

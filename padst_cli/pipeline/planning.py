@@ -12,7 +12,7 @@ import torch
 from padst_cli.checkpoint.reader import Source, open_source, skeleton
 from padst_cli.errors import PadstError
 from padst_cli.plan import Plan, make_plan
-from padst_cli.recipe import Recipe
+from padst_cli.recipe import AllocationTable, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlanResult:
     start_density: float | None
     narrowed_after: int | None
     skipped: list[dict[str, str]]
-    allocation: str
+    allocation: str | AllocationTable
 
 
 def plan(model: str, recipe: Recipe) -> PlanResult:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from padst_cli.data.items import check_vocabulary, vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.runtime.load import Loaded
 
@@ -35,7 +36,7 @@ def generate(
     """Continue `prompt` by up to `max_new_tokens` tokens with the KV cache; temperature 0 is greedy.
 
     Raises `PadstError` for a model that is no causal language model, has no tokenizer, or whose context is too short
-    for prompt and continuation, and for an empty prompt.
+    for prompt and continuation, and for a prompt that is empty, not UTF-8 or outside the model's vocabulary.
     """
     if loaded.source.task != "causal-lm":
         raise PadstError(
@@ -72,9 +73,14 @@ def generate(
 
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:
     tokenizer: Any = loaded.processor
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise PadstError("the prompt is not UTF-8 text; give it in the encoding of the terminal") from None
     ids = tokenizer(prompt)["input_ids"]
     if not prompt or not ids:
         raise PadstError("the prompt is empty; give at least one word with --prompt")
+    check_vocabulary(max(ids), vocabulary_size(loaded.model), "the prompt")
     return torch.tensor([ids], dtype=torch.int64, device=loaded.device)
 
 

@@ -103,6 +103,41 @@ def test_configs_that_padst_does_not_take(folder):
     refuse(folder, "already quantized with 'gptq'")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": "abc"}, "cannot read its config of type 'gpt2' .*abc"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "cannot read its config of type 'llama'"),
+        ({"architectures": 5}, "no architecture in a list"),
+        ({"architectures": [None]}, "no architecture in a list"),
+        ({"architectures": "GPT2LMHeadModel"}, "no architecture in a list"),
+        ({"id2label": {"0": "tench"}, "label2id": {"tench": "first"}}, "label2id in config.json is no mapping"),
+        ({"id2label": {"0": "tench"}, "label2id": ["tench"]}, "label2id in config.json is no mapping"),
+    ],
+)
+def test_configs_of_the_wrong_form(folder, changes, message):
+    change_config(folder, **changes)
+    refuse(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"activation_function": "foo"}, r"\(KeyError: 'foo'\)"), ({"n_head": 0}, "by zero"), ({"n_embd": 0}, "power")],
+)
+def test_configs_of_which_no_model_can_be_made(folder, changes, message):
+    change_config(folder, **changes)
+    source = open_source(str(folder))
+    for make in (skeleton, load_dense):
+        with pytest.raises(PadstError, match=message) as caught:
+            make(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_classes_may_be_text(folder):
+    change_config(folder, id2label={"0": "tench", "1": "church"}, label2id={"tench": "0", "church": "1"})
+    assert open_source(str(folder)).config.label2id == {"tench": 0, "church": 1}
+
+
 def test_encoder_decoders_and_sound_are_refused(tmp_path):
     transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
     refuse(tmp_path / "t5", "encoder-decoder", weights=False)
@@ -173,10 +208,14 @@ def test_damaged_weights_are_refused_by_name(folder):
 def test_no_processor_is_none_and_a_broken_one_is_said(folder):
     source = open_source(str(folder))
     assert load_processor(source) is None
-    (folder / "tokenizer.json").write_text("{")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(PadstError, match="tokenizer of"):
-        load_processor(source)
+    named = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    empty = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"))
+    bad_model = json.dumps({"version": "1.0", "added_tokens": [], **empty, "model": {"type": "BPE", "vocab": 5}})
+    for tokenizer, config in (("{", named), (bad_model, named), ("{}", "[]")):
+        (folder / "tokenizer.json").write_text(tokenizer)
+        (folder / "tokenizer_config.json").write_text(config)
+        with pytest.raises(PadstError, match="tokenizer of"):
+            load_processor(source)
 
 
 @pytest.fixture
@@ -232,6 +271,11 @@ def test_a_path_is_never_taken_for_a_hub_id(hub):
     for model in ("./gpt2", "/models/gpt2", "a/b/c", "", "../no-such-folder"):
         refuse(model or " ", "no folder")
     assert not hub.calls
+
+
+@pytest.mark.parametrize("model", ["foo--bar", "a..b", "model.git", "x" * 120])
+def test_a_name_that_the_hub_does_not_allow(model):
+    refuse(model, "no name that the hub allows")
 
 
 @pytest.mark.skipif(not DATA, reason="PADST_DATA does not name the folder of real checkpoints")

@@ -116,6 +116,20 @@ def test_other_commands(
     assert words in padst.error(command[0], sparsified("diag"), *command[1:], *data)
 
 
+def test_a_prompt_that_is_not_utf8(padst: Padst, gpt2: Path) -> None:
+    assert "the prompt is not UTF-8 text" in padst.error("generate", gpt2, "--prompt", "caf\udce9")
+
+
+def test_a_tokenizer_of_another_model(
+    run: Callable[..., str], padst: Padst, train_text: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    models.build("gpt2", max_position_embeddings=64, vocab_size=len(tokenizer) // 2).save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    words = "tokenizer and model do not belong together"
+    assert words in run(model=tmp_path / "odd")
+    assert words in padst.error("generate", tmp_path / "odd", "--prompt", train_text.read_text()[:100])
+
+
 def test_text_shorter_than_the_context(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("The cat.")
     assert "short" in run(data=tmp_path / "short.txt")

@@ -55,6 +55,11 @@ def test_json_lines_may_hold_unescaped_line_separators(tmp_path: Path) -> None:
     assert load_text(tmp_path / "a.jsonl").documents == tuple(texts)
 
 
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud83d b \ud83d\ude00"}')
+    assert load_text(tmp_path / "a.jsonl").documents == ("a\ufffd b \U0001f600",)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

@@ -47,6 +47,7 @@ def test_a_table_gives_numbers_and_names_in_its_own_order(tmp_path: Path) -> Non
         ("name,label\nimages/0.png,0\n", CLASSES, "needs the columns 'file' and 'label'"),
         ("", CLASSES, "needs the columns"),
         ("file,label\n", CLASSES, "there is no image in"),
+        ('file,label\nimages/0.png,0\n"' + "x" * 132_000, CLASSES, r"no table after line 2 .* quote left open"),
         ("file,label\nimages/caf\xe9.png,0\n", CLASSES, r"labels\.csv' is not UTF-8 text \(byte 21\)"),
     ],
 )

@@ -58,6 +58,15 @@ def test_a_text_longer_than_the_context_gives_no_warning(caplog: pytest.LogCaptu
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("vocabulary", "framed"), [(50, False), (2, True)])
+def test_tokens_outside_the_vocabulary_are_refused(vocabulary: int, framed: bool) -> None:
+    tokenizer = byte_tokenizer(framed=framed)
+    highest = max(tokenizer("az")["input_ids"])
+    with pytest.raises(PadstError, match=f"gives 'made' the token {highest}, .* ends at {vocabulary - 1}"):
+        TokenWindows.from_corpus(corpus_of("az"), tokenizer, 4, vocabulary)
+    assert token_stream(corpus_of("az"), tokenizer, highest + 1).numel() == 2
+
+
 def test_the_frame_is_what_the_tokenizer_adds() -> None:
     assert token_frame(byte_tokenizer()) == ([], [])
     assert token_frame(byte_tokenizer(framed=True)) == ([1], [2])
@@ -124,6 +133,13 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PadstError, match=r"0\.png"):
         open_image(corpus, 1)
+
+
+def test_an_image_of_suspicious_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = images(tmp_path)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(PadstError, match=r"1\.png' of .* is not a readable image"):
+        open_image(corpus, 0)
 
 
 def test_items_without_labels_have_none(tmp_path: Path) -> None:

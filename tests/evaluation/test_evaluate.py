@@ -10,6 +10,7 @@ import pytest
 
 from padst_cli.errors import PadstError
 from padst_cli.evaluation import HIGHER_IS_BETTER, METRICS, evaluate_model
+from tests import models
 
 KEYS = {
     *("metric_name", "value", "kl_to_dense", "bits_per_char", "word_perplexity", "top5", "samples", "tokens"),
@@ -72,6 +73,13 @@ def test_wrong_requests_are_one_sentence(tiny, pictures) -> None:
         evaluate_model(tiny.bert(head=True), tiny.tokenizer(mask=True), "masked-lm", corpus, stride=4)
     with pytest.raises(PadstError, match="--context is for text"):
         evaluate_model(tiny.vit(6), tiny.image_processor, "image-classification", pictures((0,)), context=4)
+
+
+@pytest.mark.parametrize(("model", "task"), [("bert-mlm", "masked-lm"), ("bert", "encoder"), ("gpt2", "causal-lm")])
+def test_a_tokenizer_of_another_model_is_told(tiny, model: str, task: str) -> None:
+    small = models.build(model, vocab_size=20)
+    with pytest.raises(PadstError, match="tokenizer and model do not belong together"):
+        evaluate_model(small, tiny.tokenizer(mask=True), task, tiny.text(40), reference=small)
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,17 @@ def test_a_choice_taken_back_is_a_contradiction(resume: Resume, tmp_path: Path) 
         resume("all.yaml")
 
 
+def test_an_allocation_is_what_its_file_held_when_the_run_began(resume: Resume, tmp_path: Path) -> None:
+    table = tmp_path / "table.yaml"
+    table.write_text("mlp.c_fc: 0.7\n")
+    RunFolder(tmp_path / "out").begin(resume().updated({"allocation": str(table)}).to_yaml())
+    assert resume(allocation=str(table)) == resume()
+    table.write_text("mlp.c_fc: 0.6\n")
+    assert resume().allocation == (("mlp.c_fc", 0.7),)
+    with pytest.raises(PadstError, match=r"allocation = \[\['mlp.c_fc', 0.7\]\], not \[\['mlp.c_fc', 0.6\]\]"):
+        resume(allocation=str(table))
+
+
 def test_resume_command_can_be_pasted() -> None:
     assert resume_command("gpt2", Path("my run")) == "padst sparsify gpt2 --output 'my run' --resume"
     several = resume_command("gpt2", Path("out"), processes=2)
