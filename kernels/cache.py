@@ -22,9 +22,12 @@ Key = Mapping[str, str]
 
 
 def file_of(kind: str, key: Key) -> Path:
-    """The file of figures of this kind under this key."""
+    """The file of figures of this kind under this key; raises FileNotFoundError where the user has no home folder."""
     home = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(home) if home else Path.home() / ".cache"
+    try:
+        folder = Path(home) if home else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError("the user has no home folder; XDG_CACHE_HOME may name another") from error
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return folder / "padst" / f"{kind}-{digest}.json"
 
@@ -34,8 +37,8 @@ def read(kind: str, key: Key, parse: Callable[[Any], Found]) -> Found | None:
 
     `parse` raises KeyError, TypeError, ValueError or AttributeError for what it cannot take.
     """
-    path = file_of(kind, key)
     try:
+        path = file_of(kind, key)
         raw = json.loads(path.read_text(encoding="utf-8"))
         return parse(raw[kind]) if raw["key"] == key else None
     except FileNotFoundError:
@@ -47,12 +50,12 @@ def read(kind: str, key: Key, parse: Callable[[Any], Found]) -> Found | None:
 
 def write(kind: str, key: Key, figures: Any) -> None:
     """Keep `figures`, which are JSON values; where that fails the log says it and all goes on."""
-    path = file_of(kind, key)
     # Through a file of its own: another process may read or write the same one now.
     try:
+        path = file_of(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump({"key": key, kind: figures}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        _log.warning("the %s could not be kept in %s (%s): the next process will measure again", kind, path, error)
+        _log.warning("the %s could not be kept (%s): the next process will measure again", kind, error)

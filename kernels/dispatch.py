@@ -75,7 +75,7 @@ def compact(layout: Layout, dtype: torch.dtype) -> Compact | None:
     compiled kernels one that runs through a dense weight lets go of its packed tensors for it.
     """
     device = layout.tensors["values"].device
-    served = native.serves(layout.structure, layout.in_features, device)
+    served = _served(layout, device)
     dense = _better_dense(layout, dtype) if served else _only_dense(layout, device, dtype)
     if not (served or dense):
         return None
@@ -95,12 +95,16 @@ def kernel_name(layout: Layout, device: torch.device, tokens: int, dtype: torch.
     Without compiled kernels plain torch has a form of its own for blocks only; a gather formula for diagonals or N:M
     is slower than the dense product.
     """
-    if dtype not in COMPACT_DTYPES or not native.serves(layout.structure, layout.in_features, device):
+    if dtype not in COMPACT_DTYPES or not _served(layout, device):
         return _stored_name(layout, device, tokens, dtype)
     if _better_dense(layout, dtype):
         return DenseInPlace.name
     limit = transient.limits(layout.work)[torch.get_num_threads(), dtype]
     return transient.NAME if tokens * layout.in_features >= limit else native.kernel_name(layout.structure)
+
+
+def _served(layout: Layout, device: torch.device) -> bool:
+    return native.serves(layout.structure, layout.in_features, device, layout.tensors["values"].dtype)
 
 
 def _only_dense(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:

@@ -122,6 +122,6 @@ def image_memory(size: int) -> Tensor:
     """Bytes `[size]` aligned to `ALIGN` for one image, contents undefined: on huge pages where the system has them."""
     if _ARENA is not None:
         return _ARENA.take(size)
-    room = torch.empty(size + ALIGN, dtype=torch.uint8)
+    room = torch.empty(size + ALIGN, dtype=torch.uint8, device="cpu")
     shift = -room.data_ptr() % ALIGN
     return room[shift : shift + size]

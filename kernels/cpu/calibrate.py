@@ -55,7 +55,7 @@ def measure(threads: int) -> Costs:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.autocast("cpu", enabled=False), torch.inference_mode():
+        with torch.autocast("cpu", enabled=False), torch.inference_mode(), torch.device("cpu"):
             sparse = {key: _family_cells(cells, *key, threads) for key in product(SIZES, _VALUES)}
             dense = {dtype: _dense_cells(cells, dtype) for dtype in TYPES}
             cells.run()

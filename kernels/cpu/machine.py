@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import platform
+import threading
 from pathlib import Path
 
 import torch
@@ -23,10 +24,18 @@ _log = logging.getLogger("padst_kernels")
 
 KIND = "costs"
 
+_alone = threading.RLock()
+"""Held while costs are looked up or measured: two measurements at once would slow each other."""
 
-@functools.cache
+
 def costs(threads: int) -> Costs:
     """The costs with this many threads: known, or read from the cache folder, or measured now."""
+    with _alone:
+        return _known(threads)
+
+
+@functools.cache
+def _known(threads: int) -> Costs:
     found = cache.read(KIND, machine_key(threads), Costs.from_json)
     return measure(threads) if found is None else found
 
@@ -43,8 +52,9 @@ def measure(threads: int) -> Costs:
 
 def recalibrate(threads: int) -> Costs:
     """Measure anew whatever is known; layers that have chosen a path already keep to it."""
-    found = measure(threads)
-    costs.cache_clear()
+    with _alone:
+        found = measure(threads)
+        _known.cache_clear()
     return found
 
 

@@ -27,14 +27,15 @@ def agree(
     """
     generator = torch.Generator().manual_seed(0)
     before = lib.padst_isa()
-    for dtype, code in types.items():
-        for image in _images(lib, header, dtype, code, generator):
-            for tokens in _TOKENS:
-                x = torch.randn(tokens, _IN, generator=generator)
-                found = [_run(lib, isa, image, x) for isa in (one, other)]
-                if any(y is None for y in found) or not _close(found):
-                    lib.padst_use_isa(before)
-                    return False
+    with torch.device("cpu"):  # kernels write to these tensors, whatever the caller's default device
+        for dtype, code in types.items():
+            for image in _images(lib, header, dtype, code, generator):
+                for tokens in _TOKENS:
+                    x = torch.randn(tokens, _IN, generator=generator)
+                    found = [_run(lib, isa, image, x) for isa in (one, other)]
+                    if any(y is None for y in found) or not _close(found):
+                        lib.padst_use_isa(before)
+                        return False
     return True
 
 

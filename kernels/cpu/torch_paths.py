@@ -234,10 +234,10 @@ def _bytes(*tensors: Tensor | None) -> int:
 def _pack_bits(mask: Tensor) -> Tensor:
     """A mask as uint8, eight entries to a byte, the first one lowest."""
     flat = functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(dim=1).to(torch.uint8)
 
 
 def _unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` entries of the mask, bool."""
-    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten()[:count].bool()

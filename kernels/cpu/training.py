@@ -89,12 +89,14 @@ class TrainingKernel:
         self._made_for = _identity(mask, perm_in, perm_out)
         self._mask = mask  # held, so that no other tensor comes to its address
         self.perm_in, self.perm_out = perm_in, perm_out
-        self._inverse_out = None if perm_out is None else _inverse(perm_out)
         make = _rows_image if block_size is None else partial(_block_image, size=block_size)
-        numbers = torch.arange(mask.numel(), dtype=torch.int32).view(mask.shape)
-        self._forth: _Image = make(mask, numbers, perm_in, perm_out)
-        inverse_in = None if perm_in is None else _inverse(perm_in)
-        self._back: _Image = make(mask.T, numbers.T, self._inverse_out, inverse_in)
+        # Values are written into the images step by step: made inside inference mode, these would take none outside it.
+        with torch.inference_mode(False), torch.device("cpu"):
+            self._inverse_out = None if perm_out is None else _inverse(perm_out)
+            numbers = torch.arange(mask.numel(), dtype=torch.int32).view(mask.shape)
+            self._forth: _Image = make(mask, numbers, perm_in, perm_out)
+            inverse_in = None if perm_in is None else _inverse(perm_in)
+            self._back: _Image = make(mask.T, numbers.T, self._inverse_out, inverse_in)
         self._loaded: dict[str, tuple[int, int]] = {}
         lib = library()
         assert lib is not None

@@ -71,7 +71,7 @@ def linear(image: int, x: Tensor, bias: Tensor | None, out_features: int, thread
     """`[..., in] -> [..., out]` in the dtype of x, without a record for gradients."""
     rows = x.reshape(-1, x.shape[-1])
     weight = fill_dense(image, _scratch_weight(out_features, x.shape[-1], x.dtype), threads).t()
-    y = torch.empty((len(rows), out_features), dtype=x.dtype)
+    y = torch.empty((len(rows), out_features), dtype=x.dtype, device="cpu")
     # Into a given output, for autocast would choose another dtype otherwise: paths must not differ in that.
     if bias is None:
         torch.mm(rows, weight, out=y)
@@ -90,6 +90,6 @@ def _scratch_weight(out_features: int, in_features: int, dtype: torch.dtype) -> 
     size = out_features * in_features * dtype.itemsize
     if scratch_bytes() < size:
         with torch.inference_mode(False):
-            _scratch.room = torch.empty(size, dtype=torch.uint8)
+            _scratch.room = torch.empty(size, dtype=torch.uint8, device="cpu")
     room: Tensor = _scratch.room
     return room[:size].view(dtype).view(out_features, in_features)

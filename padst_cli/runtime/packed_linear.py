@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -40,7 +42,8 @@ class PackedLinear(nn.Module):
 
     A layer is *compact* from its first call on, where compiled kernels serve it: their image holds the values and
     indices in the order they are read in, and the packed tensors are freed. Whatever asks for these (an attribute, a
-    state dict, a move or cast, a copy) gets them back bit for bit, and the next call compacts again.
+    state dict, a move or cast, a copy) gets them back bit for bit, and the next call compacts again. Threads may do
+    either at any time: a lock is held while tensors and image change places, and calls of a compact layer take none.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class PackedLinear(nn.Module):
         self.out_features = layer_format.structure.out_features
         self.in_features = layer_format.structure.in_features
         self.epilogue: tuple[str, nn.Module] | None = None
+        self._lock = threading.RLock()
         self._layout: tuple[list[tuple[int, int]], Layout, list[Tensor]] | None = None
         self._native: Compact | None = None
         self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
@@ -151,26 +155,28 @@ class PackedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """W `[out, in]` with the permutations multiplied in, in the dtype of the values; computed anew at each call."""
-        if self._native is not None:
-            return self._native.dense(self.value_dtype)
+        native = self._native
+        if native is not None:
+            return native.dense(self._value_dtype)
         return _materialise(self.format.structure, self.packed_tensors(), *self.permutations())
 
     def kernel_name(self, tokens: int, device: torch.device | None = None) -> str:
         """The name of the kernel that serves `tokens` rows of the layer's dtype where it now lives, or on `device`."""
-        dtype, here = self.weight.dtype, self.weight.device
-        if self._native is not None and device in (None, here):
-            return str(self._native.name_at(tokens, dtype))
+        dtype, here, native = self.weight.dtype, self.weight.device, self._native
+        if native is not None and device in (None, here):
+            return str(native.name_at(tokens, dtype))
         return str(kernel_name(self.layout(), device or here, tokens, dtype))
 
     def prepared_bytes(self) -> int:
         """Bytes that its kernels keep beside its tensors (an image in their stead, a dense copy), 0 before the first
         call.
         """
-        kernels = [
-            *(self._layout[1].prepared.values() if self._layout else ()),
-            *([self._native] if self._native else []),
-        ]
-        return sum(kernel.resident_bytes() for kernel in kernels)
+        with self._lock:
+            kernels = [
+                *(self._layout[1].prepared.values() if self._layout else ()),
+                *([self._native] if self._native else []),
+            ]
+            return sum(kernel.resident_bytes() for kernel in kernels)
 
     def extra_repr(self) -> str:
         """Shape, structure and sides, for `print(model)`."""
@@ -202,14 +208,20 @@ class PackedLinear(nn.Module):
 
     def layout(self) -> Layout:
         """What kernels are given of the layer, the same as long as its tensors are unchanged."""
-        # `values` first, which brings the others back from an image.
-        held = [self.values, *(buffer for buffer in self._buffers.values() if buffer is not None)]
-        state = _state_of(held)
-        if self._layout is not None and self._layout[0] == state:
+        with self._lock:
+            self._expand()
+            tables: tuple[Mapping[str, Any], ...] = (self._parameters, self._buffers)
+            tensors = [table[key] for table in tables for key in self._kept if key in table]
+            state = [_state_of(tensor) for tensor in tensors]
+            if self._layout is None or self._layout[0] != state:
+                # With the tensors, so that no other comes to the id of one of them.
+                self._layout = (state, self._make_layout(), tensors)
             return self._layout[1]
+
+    def _make_layout(self) -> Layout:
         perm_in, perm_out = self.permutations()
         structure, tensors = self.format.structure, self.packed_tensors()
-        layout = Layout(
+        return Layout(
             structure=structure.name,
             out_features=self.out_features,
             in_features=self.in_features,
@@ -223,40 +235,51 @@ class PackedLinear(nn.Module):
             support=partial(structure.unpack_mask, tensors),
             repack=partial(_repack, structure, perm_in, perm_out),
         )
-        self._layout = (state, layout, held)  # held, so that no other tensors come to their ids
-        return layout
 
     def _compact(self, dtype: torch.dtype) -> Compact | None:
         """Put what kernels run from in the place of the packed tensors; None where no compiled kernel serves the layer.
 
         `dtype` is that of the activations.
         """
-        kernel = compact(self.layout(), dtype)
-        if kernel is not None:
-            self._layout = None
-            self._value_dtype = self.values.dtype
-            self._native = kernel
-            for table in (self._parameters, self._buffers):
-                table.update((key, None) for key in self._kept if key in table)
-        return kernel
+        with self._lock:
+            if self._native is not None:
+                return self._native  # another thread was the first
+            kernel = compact(self.layout(), dtype)
+            if kernel is not None:
+                self._layout = None
+                self._value_dtype = self.values.dtype
+                self._native = kernel
+                for table in (self._parameters, self._buffers):
+                    table.update((key, None) for key in self._kept if key in table)
+            return kernel
 
     def _stored(self) -> dict[str, Tensor]:
         """Packed tensors and permutations as the file holds them: the layer's own, or read back from the image."""
-        layouts = self.format.tensors(self.value_dtype)
-        if self._native is None:
-            return {key: getattr(self, key).detach() for key in layouts}
-        tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layouts.items()}
-        self._native.unpack(tensors)
-        return tensors
+        with self._lock:
+            layouts = self.format.tensors(self.value_dtype)
+            if self._native is None:
+                return {key: getattr(self, key).detach() for key in layouts}
+            tensors = {key: torch.empty(shape, dtype=dtype, device="cpu") for key, (shape, dtype) in layouts.items()}
+            self._native.unpack(tensors)
+            return tensors
 
     def _expand(self) -> None:
-        """Bring the packed tensors back from the image, and let go of whatever was prepared."""
-        self._layout = None
+        """Bring the packed tensors back from the image; the lock is held."""
         if self._native is None:
             return
-        tensors, self._native = self._stored(), None
-        self._parameters["values"] = nn.Parameter(tensors.pop("values"), requires_grad=False)
+        with torch.inference_mode(False):  # what is made inside inference mode could not be changed outside it
+            tensors = self._stored()
+            self._parameters["values"] = nn.Parameter(tensors.pop("values"), requires_grad=False)
         self._buffers.update(tensors)
+        self._native = None
+
+    @contextmanager
+    def _expanded(self) -> Iterator[None]:
+        """Keep the packed tensors in their places meanwhile, and let go of whatever was prepared."""
+        with self._lock:
+            self._layout = None
+            self._expand()
+            yield
 
     def _traced(self, x: Tensor) -> Tensor:
         """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
@@ -289,38 +312,47 @@ class PackedLinear(nn.Module):
         return True
 
     def __getattr__(self, name: str) -> Any:
-        if self.__dict__.get("_native") is not None and name in self._kept:
+        if name not in self.__dict__.get("_kept", ()):
+            return super().__getattr__(name)
+        with self._lock:
             self._expand()
-        return super().__getattr__(name)
+            return super().__getattr__(name)
 
     # The tensors come back wherever they can be read or changed from outside; images are never copied or pickled.
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; training mode drops what kernels prepared."""
-        if mode:
-            self._expand()
-        return super().train(mode)
+        if not mode:
+            return super().train(mode)
+        with self._expanded():
+            return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._expand()
-        return super()._apply(fn, recurse)
+        with self._expanded():
+            return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._expand()
-        super()._save_to_state_dict(*args, **kwargs)
+        with self._expanded():
+            super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._expand()
-        super()._load_from_state_dict(*args, **kwargs)
+        with self._expanded():
+            super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._expand()
-        return dict(self.__dict__)
+        with self._expanded():
+            # With tables of its own, for a shallow copy would see those of this layer emptied; a lock is not copied.
+            state = {**self.__dict__, "_parameters": dict(self._parameters), "_buffers": dict(self._buffers)}
+            del state["_lock"]
+            return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})
 
 
-def _state_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+def _state_of(tensor: Tensor) -> tuple[int, int]:
     # Inference tensors cannot be changed in place outside inference mode and count no versions.
-    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _materialise(

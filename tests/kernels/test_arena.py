@@ -22,6 +22,15 @@ def test_pieces_are_aligned_and_do_not_overlap():
     assert [len(piece) for piece in pieces] == [1, 64, 1000, 3 << 20, 77]
 
 
+def test_without_huge_pages_images_lie_in_ordinary_memory(monkeypatch):
+    monkeypatch.setattr(arena, "_ARENA", None)
+    with torch.device("meta"):
+        piece = image_memory(1000)
+    assert piece.is_cpu
+    assert len(piece) == 1000
+    assert piece.data_ptr() % ALIGN == 0
+
+
 def test_what_nobody_reads_is_handed_out_again():
     pool = Arena()
     kept, freed = pool.take(5000), pool.take(5000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from padst_kernels import cache
@@ -38,6 +39,17 @@ def test_a_damaged_file_counts_as_missing_and_is_said(damage, caplog):
     cache.file_of("speeds", KEY).write_text(damage)
     assert cache.read("speeds", KEY, dict) is None
     assert "cannot be used" in caplog.text
+
+
+def test_without_a_home_folder_nothing_is_kept_and_the_log_says_it(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    cache.write("speeds", KEY, {"a": 1})
+    assert "the speeds could not be kept (the user has no home folder" in caplog.text
+    assert cache.read("speeds", KEY, dict) is None
 
 
 def test_without_a_folder_to_write_to_the_log_says_it(monkeypatch, tmp_path, caplog):

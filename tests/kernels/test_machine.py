@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,14 +31,14 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "costs", REAL_COSTS)
     monkeypatch.setattr(calibrate, "measure", measure)
-    REAL_COSTS.cache_clear()
+    machine._known.cache_clear()
     yield measured
-    REAL_COSTS.cache_clear()
+    machine._known.cache_clear()
 
 
 def forget() -> None:
     """As in a new process."""
-    REAL_COSTS.cache_clear()
+    machine._known.cache_clear()
 
 
 def test_measured_once_and_found_again(cache, tmp_path, caplog):
@@ -52,6 +53,22 @@ def test_measured_once_and_found_again(cache, tmp_path, caplog):
     assert {file.name for file in (tmp_path / "padst").iterdir()} == {
         machine.cache_file(machine.machine_key(threads)).name for threads in (1, 2)
     }
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_threads_that_start_at_once_measure_once(cache, monkeypatch, kept):
+    def measure(threads):
+        cache.append(threads)
+        time.sleep(0.05)
+        return SPARSE_ONLY
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    if not kept:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(machine.costs, [1] * 4))
+    assert cache == [1]
+    assert all(one is found[0] for one in found)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": {}, "costs": {}}', "\x00\x01"])
@@ -119,7 +136,7 @@ def test_a_measurement_is_complete_and_leaves_torch_as_it_was(monkeypatch):
     monkeypatch.setattr(calibrate, "ENOUGH", 1e-5)
     monkeypatch.setattr(calibrate, "ROUNDS", 1)
     before, state = torch.get_num_threads(), torch.random.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         found = calibrate.measure(2)
     assert torch.get_num_threads() == before
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from padst_kernels.cpu import library, transient
+from padst_kernels.cpu import library, native, transient
 from padst_kernels.cpu.isa import ISAS
 from padst_kernels.cpu.library import TYPES
 from padst_kernels.cpu.native import NativeKernel, kernel_name, serves, sparse_linear
@@ -274,6 +275,32 @@ def test_calls_in_any_order_of_shapes_dtypes_and_threads(make_case, structure):
         kernel(torch.randn(1, 63), None, no_weight)
 
 
+def test_a_call_holds_its_header_whatever_other_threads_call(make_case, monkeypatch):
+    """C reads the header after the lock of the interpreter is gone, and another thread may replace what is kept."""
+    headers = []
+
+    def header(*fields):
+        made = library.CallHeader(*fields)
+        headers.append(weakref.ref(made))
+        return made
+
+    def run(*arguments):
+        kernel._recent = native._NO_CALLS
+        assert headers[-1]() is not None
+        return real(*arguments)
+
+    monkeypatch.setattr(native, "CallHeader", header)
+    case = make_case("diag", 64, 48)
+    kernel, x = NativeKernel(case.layout), torch.randn(3, 48)
+    real, kernel._run = kernel._run, run
+    close(kernel(x, None, no_weight), case.weight, x, None)  # the header is new
+    kernel._run = real
+    kernel(x, None, no_weight)
+    kernel._run = run
+    close(kernel(x, None, no_weight), case.weight, x, None)  # the header is that of the call before
+    assert [one() for one in headers] == [None, None]
+
+
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
 def test_gradients_reach_input_and_bias(make_case, structure):
     case = make_case(structure, 70, 50, 0.4, "io")
@@ -314,10 +341,11 @@ def test_the_operator_is_the_kernel(make_case, structure):
 
 
 def test_what_the_kernels_do_not_serve():
-    assert serves("diag", 768, CPU)
-    assert not serves("unstructured", 768, CPU)
-    assert not serves("diag", 1 << 17, CPU)
-    assert not serves("diag", 768, torch.device("meta"))
+    assert all(serves("diag", 768, CPU, values) for values in TYPES)
+    assert not serves("unstructured", 768, CPU, torch.float32)
+    assert not serves("diag", 1 << 17, CPU, torch.float32)
+    assert not serves("diag", 768, torch.device("meta"), torch.float32)
+    assert not serves("diag", 768, CPU, torch.float64)
 
 
 def test_without_a_compiled_library_padst_says_so_and_goes_on(monkeypatch):
@@ -325,7 +353,7 @@ def test_without_a_compiled_library_padst_says_so_and_goes_on(monkeypatch):
     library.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
-            assert not serves("diag", 768, CPU)
+            assert not serves("diag", 768, CPU, torch.float32)
         assert library.library() is None
     finally:
         library.library.cache_clear()

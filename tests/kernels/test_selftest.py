@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from padst_kernels.cpu import library, selftest
 from padst_kernels.cpu.isa import ISAS
 from padst_kernels.cpu.library import TYPES, LayerHeader
@@ -41,9 +42,11 @@ def lib():
     found.padst_use_isa(before)
 
 
-def test_right_kernels_pass_and_are_chosen(lib):
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_right_kernels_pass_and_are_chosen(lib, default):
     lib.padst_use_isa(PORTABLE)
-    assert agree(lib, LayerHeader, TYPES, PORTABLE, AVX2)
+    with torch.device(default):
+        assert agree(lib, LayerHeader, TYPES, PORTABLE, AVX2)
     assert lib.padst_isa() == AVX2
 
 

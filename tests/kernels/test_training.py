@@ -143,6 +143,24 @@ def test_empty_rows_give_zero():
     assert not y[:, torch.arange(40) != 3].any()
 
 
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+@pytest.mark.parametrize("family", ["diag", "block"])
+def test_a_kernel_made_in_inference_mode_or_under_another_default_device_trains(family, default):
+    _, weight, mask, perms = make(family, (64, 48), "io")
+    x, dy, bias = torch.randn(9, 48).requires_grad_(), torch.randn(9, 64), torch.zeros(64)
+    with torch.device(default), torch.inference_mode():
+        kernel = TrainingKernel(mask, *perms, 16 if family == "block" else None)
+        kernel(x, weight, None)
+    with torch.no_grad():
+        weight.mul_(2)
+    y = kernel(x, weight, None)
+    y.backward(dy)
+    expected = reference(weight, mask, perms, x, bias, dy)
+    close(y, expected[0])
+    close(x.grad, expected[1])
+    close(weight.grad, torch.where(mask, expected[2], 0.0))
+
+
 def test_a_kernel_fits_only_what_it_was_made_for():
     kernel, _, mask, perms = make("block", (64, 48), "i")
     assert kernel.fits(mask, *perms)

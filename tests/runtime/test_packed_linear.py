@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -118,12 +120,67 @@ def test_what_is_prepared_follows_indices_and_permutations(structure):
     assert not any(torch.equal(one, other) for one, other in pairwise(seen))
 
 
+def test_what_is_prepared_is_not_taken_for_that_of_another_tensor_at_the_same_place():
+    layer, weight, _ = make("diag", bias=False)
+    x = torch.randn(3, 80, dtype=torch.float64)
+    values = layer.values.detach().clone()
+    for factor in range(1, 8):
+        for times in (2, 1):  # the second may be made where the one before the first was
+            layer.values = torch.nn.Parameter(values * factor * times, requires_grad=False)
+        torch.testing.assert_close(layer(x), functional.linear(x, (factor * weight).double()))
+
+
 def test_values_made_in_inference_mode_work():
     with torch.inference_mode():
         layer, weight, vector = make("diag")
         x = torch.randn(2, 80)
         torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
         torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+@pytest.mark.parametrize("ask", [copy.deepcopy, torch.nn.Module.state_dict, lambda layer: layer.perm_in])
+def test_tensors_that_came_back_in_inference_mode_take_changes(structure, ask):
+    layer, _, _ = make(structure)
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = torch.randn(2, 80)
+    with torch.inference_mode():
+        expected = layer(x)
+        ask(layer)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("structure", structure_names())
+@pytest.mark.parametrize("where", ["cpu", "dense", "float64"])
+def test_the_default_device_changes_nothing(structure, where, machine_costs):
+    if where == "dense":
+        machine_costs(KEPT_DENSE)
+    layer, weight, _ = make(structure, 256, 512, density=0.96 if where == "dense" else 0.2, bias=False)
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    dtype = torch.float64 if where == "float64" else torch.float32
+    for tokens in (2, 65):
+        x = torch.randn(tokens, 512, dtype=dtype, requires_grad=True)
+        dy = torch.ones(tokens, 256, dtype=dtype)
+        with torch.device("meta"):
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y, x, dy)
+            found, stored = layer.dense_weight(), layer.packed_tensors()
+        torch.testing.assert_close(y, functional.linear(x, weight.to(dtype)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx, dy @ weight.to(dtype), rtol=1e-4, atol=1e-4)
+        assert torch.equal(found, weight)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in stored.items())
+    with torch.device("meta"):
+        after = layer.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
+
+
+def test_values_of_another_dtype_than_kernels_take_are_served_by_torch():
+    layer, weight, _ = make("diag", bias=False)
+    layer.double()
+    x = torch.randn(3, 80)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(layer(x.to(dtype)), functional.linear(x.to(dtype), weight.to(dtype)))
 
 
 def test_copies_share_nothing_and_carry_no_prepared_copy():
@@ -136,6 +193,52 @@ def test_copies_share_nothing_and_carry_no_prepared_copy():
         with torch.no_grad():
             twin.values.zero_()
         assert torch.equal(layer(x), expected)
+
+
+def test_a_shallow_copy_goes_its_own_way():
+    layer, _, _ = make("diag")
+    twin, x = copy.copy(layer), torch.randn(2, 80)
+    expected = layer(x)
+    assert torch.equal(twin(x), expected)
+    assert twin._native is not layer._native
+    twin.train()
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.fixture
+def often():
+    """Threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often")
+def test_threads_may_call_a_layer_and_ask_for_its_tensors_at_once():
+    original, weight, vector = make("diag")
+    x = torch.randn(3, 80)
+    expected = functional.linear(x, weight, vector)
+
+    def use(number, layer):
+        with torch.no_grad():
+            for turn in range(4):
+                torch.testing.assert_close(layer(x), expected)
+                if (number + turn) % 4 == 0:
+                    assert (
+                        layer.state_dict()["values"].shape
+                        == original.format.structure.layout(torch.float32)["values"][0]
+                    )
+                elif (number + turn) % 4 == 1:
+                    layer.train().eval()
+                elif (number + turn) % 4 == 2:
+                    assert torch.equal(layer.dense_weight(), weight)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(25):
+            layer = copy.deepcopy(original)
+            list(pool.map(use, range(4), [layer] * 4))
+            assert torch.equal(layer.dense_weight(), weight)
 
 
 def test_the_image_dies_with_its_layer():
