@@ -25,7 +25,7 @@ from .library import ACTIVATIONS, TYPES, CallHeader, LayerHeader, isa_name, libr
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
 
-_NO_CALLS: tuple[Any, ...] = (None, None, 0, "", None, None)
+_NO_CALLS: tuple[Any, ...] = (None, None, 0, "", None, 0, None)
 
 _TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -85,42 +85,43 @@ class NativeKernel:
         ):
             result: Tensor = _WithGradient.apply(self, x, bias, materialise)
             return _TORCH[activation](result) if activation else result
-        shape, dtype, threads, ending, like, header = self._recent
+        # `_header` lies at the address; held while C reads it, for another thread may replace `_recent` meanwhile.
+        shape, dtype, threads, ending, like, address, _header = self._recent
         if x.shape != shape or x.dtype is not dtype or get_num_threads() != threads or activation != ending:
-            dtype, threads, like, header = self._prepare(x, activation)
-        if header is None:
+            dtype, threads, like, address, _header = self._prepare(x, activation)
+        if not address:
             result = transient.linear(self._address, x, bias, self.out_features, threads)
             return _TORCH[activation](result) if activation else result
         if not x.is_contiguous():
             x = x.contiguous()
         y = empty_like(like)
         if bias is None:
-            status = self._run(header, x.data_ptr(), None, y.data_ptr())
+            status = self._run(address, x.data_ptr(), None, y.data_ptr())
         else:
             if bias.dtype is not dtype or not bias.is_contiguous():
                 bias = bias.to(dtype).contiguous()
-            status = self._run(header, x.data_ptr(), bias.data_ptr(), y.data_ptr())
+            status = self._run(address, x.data_ptr(), bias.data_ptr(), y.data_ptr())
         if status:
             raise MemoryError(f"{self.name} failed with status {status}")
         return y
 
-    def _prepare(self, x: Tensor, activation: str) -> tuple[torch.dtype, int, Tensor, Any]:
-        """What calls like the one with `x` share: dtype, threads, a tensor like y, and a reference to their
-        `CallHeader`, None where the dense product is the faster.
+    def _prepare(self, x: Tensor, activation: str) -> tuple[torch.dtype, int, Tensor, int, CallHeader | None]:
+        """What calls like the one with `x` share: dtype, threads, a tensor like y, and the address of their header with
+        the header itself, 0 and None where the dense product is the faster.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
         dtype, threads, entries = x.dtype, get_num_threads(), x.numel()
         # Not of y's size: it stays.
         like = torch.empty(1, dtype=dtype, device="cpu").expand(*x.shape[:-1], self.out_features)
-        header = None
+        header, address = None, 0
         if entries <= FEW * self.in_features or entries < self._limits[threads, dtype]:
-            # Not its address, which keeps nothing alive: another thread's call may replace `_recent` during this one.
-            header = ctypes.byref(
-                CallHeader(self._address, entries // self.in_features, TYPES[dtype], threads, ACTIVATIONS[activation])
+            header = CallHeader(
+                self._address, entries // self.in_features, TYPES[dtype], threads, ACTIVATIONS[activation]
             )
-        self._recent = (x.shape, dtype, threads, activation, like, header)
-        return dtype, threads, like, header
+            address = ctypes.addressof(header)
+        self._recent = (x.shape, dtype, threads, activation, like, address, header)
+        return dtype, threads, like, address, header
 
     def compute(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor:
         """The compiled kernel, however many tokens there are; no record for gradients."""

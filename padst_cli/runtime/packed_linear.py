@@ -63,9 +63,9 @@ class PackedLinear(nn.Module):
         self.in_features = layer_format.structure.in_features
         self.epilogue: tuple[str, nn.Module] | None = None
         self._lock = threading.RLock()
-        self._layout: tuple[list[tuple[int, int]], Layout, list[Tensor]] | None = None
+        self._layout: tuple[list[tuple[int, int]], Layout, list[Tensor | None]] | None = None
         self._native: Compact | None = None
-        self._kept = ("values", "perm_in", "perm_out", *layer_format.structure.layout(value_dtype))
+        self._kept = tuple(layer_format.tensors(value_dtype))
         self._value_dtype = value_dtype
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         for key, (shape, kind) in layer_format.tensors(value_dtype).items():
@@ -210,9 +210,8 @@ class PackedLinear(nn.Module):
         """What kernels are given of the layer, the same as long as its tensors are unchanged."""
         with self._lock:
             self._expand()
-            tables: tuple[Mapping[str, Any], ...] = (self._parameters, self._buffers)
-            tensors = [table[key] for table in tables for key in self._kept if key in table]
-            state = [_state_of(tensor) for tensor in tensors]
+            tensors = [self._parameters["values"], *map(self._buffers.get, self._kept)]
+            state = [_state_of(tensor) for tensor in tensors if tensor is not None]
             if self._layout is None or self._layout[0] != state:
                 # With the tensors, so that no other comes to the id of one of them.
                 self._layout = (state, self._make_layout(), tensors)
