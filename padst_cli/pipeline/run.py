@@ -98,7 +98,8 @@ def sparsify(
         check_apart(folder.path, _inputs_of(job))
         rows_of_pass(job.recipe.training, accelerator.num_processes)
         teacher = load_dense(job.source, dtype=torch.float32, device=accelerator.device)
-        _check_step(job, teacher)
+        if job.recipe.training.steps:
+            _check_step(job, teacher)
         if not resume:
             _check_heldout(job, teacher)
             folder.begin(job.recipe.to_yaml())

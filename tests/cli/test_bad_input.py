@@ -276,6 +276,14 @@ def test_training_without_anything_to_learn_from_costs_no_earlier_result(
     assert len(list(earlier.iterdir())) == 3
 
 
+def test_a_start_alone_needs_nothing_to_learn_from(padst: Padst, pictures: Path) -> None:
+    done = padst.json(
+        *("sparsify", pictures / "vit", "--structure", "nm", "--sparsity", 0.5, "--data", pictures / "plain"),
+        *("--eval-data", pictures / "labelled", "--steps", 0, "--no-distill", "--output", pictures / "out"),
+    )
+    assert done["steps"] == 0
+
+
 def test_a_malformed_repository_is_refused_before_the_run(run: Callable[..., str]) -> None:
     assert "is not the form of a hub repository" in run(push_to_hub="name")
 
