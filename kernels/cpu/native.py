@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from ..cost import FEW
-from ..layout import Layout
+from ..layout import Layout, rows_of
 from . import transient
 from .arena import image_memory
 from .library import ACTIVATIONS, TYPES, CallHeader, LayerHeader, isa_name, library
@@ -164,7 +164,7 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         (dy,) = grads
         dx = dy @ ctx.materialise().to(dy.dtype) if ctx.needs_input_grad[1] else None
-        db = dy.reshape(-1, dy.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
+        db = rows_of(dy).sum(dim=0) if ctx.needs_input_grad[2] else None
         return None, dx, db, None
 
     @staticmethod
@@ -214,7 +214,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     (image,) = ctx.saved_tensors
     dx = dy @ torch.ops.padst.sparse_weight(image, *ctx.shape, dy.dtype) if ctx.needs_input_grad[0] else None
-    db = dy.reshape(-1, dy.shape[-1]).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    db = rows_of(dy).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return dx, None, db, None
 
 

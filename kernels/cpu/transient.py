@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cost import NEVER, Work
+from ..layout import rows_of
 from . import machine
 from .library import TYPES, ImageHeader, library
 
@@ -69,7 +70,7 @@ def fill_dense(image: int, weight: Tensor, threads: int) -> Tensor:
 
 def linear(image: int, x: Tensor, bias: Tensor | None, out_features: int, threads: int) -> Tensor:
     """`[..., in] -> [..., out]` in the dtype of x, without a record for gradients."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     weight = fill_dense(image, _scratch_weight(out_features, x.shape[-1], x.dtype), threads).t()
     y = torch.empty((len(rows), out_features), dtype=x.dtype, device="cpu")
     # Into a given output, for autocast would choose another dtype otherwise: paths must not differ in that.

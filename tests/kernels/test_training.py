@@ -56,6 +56,16 @@ def close(found, expected):
     assert float((found.double() - expected).abs().max()) <= 1e-5 * scale
 
 
+def check_product_and_gradients(kernel, weight, mask, perms, x, bias, dy):
+    y = kernel(x, weight, bias)
+    y.backward(dy)
+    expected = reference(weight, mask, perms, x, bias, dy)
+    close(y, expected[0])
+    close(x.grad, expected[1])
+    close(weight.grad, torch.where(mask, expected[2], 0.0))
+    close(bias.grad, expected[3])
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("sides", ["", "i", "o", "io"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,13 +76,7 @@ def test_product_and_gradients_equal_float64(family, shape, sides):
     for tokens in TOKENS:
         x, dy = torch.randn(tokens, shape[1]).requires_grad_(), torch.randn(tokens, shape[0])
         weight.grad = bias.grad = None
-        y = kernel(x, weight, bias)
-        y.backward(dy)
-        expected = reference(weight, mask, perms, x, bias, dy)
-        close(y, expected[0])
-        close(x.grad, expected[1])
-        close(weight.grad, torch.where(mask, expected[2], 0.0))
-        close(bias.grad, expected[3])
+        check_product_and_gradients(kernel, weight, mask, perms, x, bias, dy)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,18 +151,13 @@ def test_empty_rows_give_zero():
 @pytest.mark.parametrize("family", ["diag", "block"])
 def test_a_kernel_made_in_inference_mode_or_under_another_default_device_trains(family, default):
     _, weight, mask, perms = make(family, (64, 48), "io")
-    x, dy, bias = torch.randn(9, 48).requires_grad_(), torch.randn(9, 64), torch.zeros(64)
+    x, dy, bias = torch.randn(9, 48).requires_grad_(), torch.randn(9, 64), torch.randn(64).requires_grad_()
     with torch.device(default), torch.inference_mode():
         kernel = TrainingKernel(mask, *perms, 16 if family == "block" else None)
         kernel(x, weight, None)
     with torch.no_grad():
         weight.mul_(2)
-    y = kernel(x, weight, None)
-    y.backward(dy)
-    expected = reference(weight, mask, perms, x, bias, dy)
-    close(y, expected[0])
-    close(x.grad, expected[1])
-    close(weight.grad, torch.where(mask, expected[2], 0.0))
+    check_product_and_gradients(kernel, weight, mask, perms, x, bias, dy)
 
 
 def test_a_kernel_fits_only_what_it_was_made_for():
