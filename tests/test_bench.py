@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-import padst_cli.bench.run as bench_run
+import padst_cli.bench.calibrate as bench_calibrate
 from padst_cli.bench import BenchResult, LayerRow, Roofline, bench, random_sparse, speedup_chart
 from padst_cli.bench.layers import faster_dense
 from padst_cli.bench.result import Limits
@@ -201,7 +201,7 @@ def test_calibrating_is_done_with_the_threads_of_the_run(
     sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(bench_run, "recalibrate", lambda threads: seen.append((threads, torch.get_num_threads())))
+    monkeypatch.setattr(bench_calibrate, "recalibrate", lambda threads: seen.append((threads, torch.get_num_threads())))
     run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,))
     assert not seen
     run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,), calibrate=True, threads=2)
@@ -211,7 +211,7 @@ def test_calibrating_is_done_with_the_threads_of_the_run(
 def test_calibrating_kernels_that_are_not_there_is_refused(
     sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_run, "library", lambda: None)
+    monkeypatch.setattr(bench_calibrate, "library", lambda: None)
     with pytest.raises(PadstError, match=r"--calibrate .*install a C compiler"):
         run(sources["gpt2"], recipe(), layers_only=True, tokens=(1,), calibrate=True)
 

@@ -13,15 +13,20 @@ import pytest
 import torch
 from padst_kernels.gpu import timing
 
+import padst_cli.bench.calibrate as bench_calibrate
 import padst_cli.bench.run as bench_run
 from padst_cli.bench import bench, device, random_sparse
+from padst_cli.bench.calibrate import calibrate_model, calibrate_steps
 from padst_cli.bench.cuda import CudaStopwatch, repeated, stopwatch_for
 from padst_cli.bench.decode import _StaticDecoding, decode_rate
+from padst_cli.bench.layers import groups_of
 from padst_cli.bench.random_model import _Alike
+from padst_cli.bench.train import as_trained
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.errors import PadstError
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.packing import densify
+from padst_cli.runtime.quantizer import packed_layers
 from padst_cli.stopwatch import Stopwatch, Timing, Turns, turns_of
 from tests import models
 from tests.bench_fakes import CPU, QUICK, captured, cuda_stopwatch  # noqa: F401
@@ -89,6 +94,24 @@ def test_training_steps_are_never_captured(captured: list[int]) -> None:  # noqa
     assert captured == []
 
 
+def test_seconds_of_work_as_it_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def event_seconds(work: Any, _: torch.device) -> float:
+        before = clock[0]
+        work()
+        return clock[0] - before
+
+    def work() -> None:
+        calls.append(len(calls))
+        clock[0] += 1.0 if len(calls) == 1 else 1e-3  # the first one makes what is made once
+
+    monkeypatch.setattr(timing, "event_seconds", event_seconds)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert timing.launched(work) == pytest.approx(1e-3)
+    assert len(calls) == 2 + timing.LEAST * round(timing.ENOUGH / 1e-3)
+
+
 def test_which_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = SimpleNamespace(L2_cache_size=50 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
@@ -138,7 +161,7 @@ def test_everything_is_timed_on_the_gpu_where_the_model_is(sparse: Any, monkeypa
         seen.append("left")
 
     monkeypatch.setattr(bench_run, "current", current)
-    monkeypatch.setattr(bench_run, "_calibrate", lambda *_: seen.append("calibrated"))
+    monkeypatch.setattr(bench_run, "calibrate_model", lambda *_: seen.append("calibrated"))
     monkeypatch.setattr(bench_run._Run, "result", lambda *_: seen.append("measured"))
     bench(sparse, task="causal-lm", calibrate=True, timing=QUICK)
     assert seen == [sparse.device, "calibrated", "measured", "left"]
@@ -170,14 +193,30 @@ def test_a_whole_run_with_the_stopwatch_of_a_gpu(
 def test_calibrating_measures_the_layers_of_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     layers = {"a": SimpleNamespace(layout=lambda: "layout a")}
-    monkeypatch.setattr(bench_run, "packed_layers", lambda _: layers)
-    monkeypatch.setattr(bench_run, "calibrate_gpu", lambda *given, **_: seen.append(given))
-    monkeypatch.setattr(bench_run, "recalibrate", lambda threads: seen.append(threads))
+    monkeypatch.setattr(bench_calibrate, "packed_layers", lambda _: layers)
+    monkeypatch.setattr(bench_calibrate, "calibrate_gpu", lambda *given, **_: seen.append(given))
+    monkeypatch.setattr(bench_calibrate, "calibrate_steps", lambda given, **_: seen.append(given))
+    monkeypatch.setattr(bench_calibrate, "recalibrate", lambda threads: seen.append(threads))
     model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    bench_run._calibrate(model, 1, None)
-    assert seen == [(["layout a"], torch.bfloat16)]
-    bench_run._calibrate(SimpleNamespace(device=CPU), 3, None)
-    assert seen[1:] == [3]
+    for train in (False, True):
+        calibrate_model(model, 1, train, None)
+    assert seen == [(["layout a"], torch.bfloat16)] * 2 + [model]
+    calibrate_model(SimpleNamespace(device=CPU), 3, True, None)
+    assert seen[3:] == [3]
+
+
+def test_calibrating_takes_steps_of_each_kind_of_layer(sparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(bench_calibrate, "calibrate_training", lambda *given, **rest: seen.append((given, rest)))
+    calibrate_steps(sparse, tokens=(128,), deadline=9.0)
+    ((kinds, device), options), *_ = seen
+    assert (device, options["tokens"], options["deadline"]) == (sparse.device, (128,), 9.0)
+    layer = as_trained(next(iter(packed_layers(sparse).values())))
+    assert layer.gpu_signature(sparse.dtype) in kinds
+    assert len(kinds) <= len(groups_of(packed_layers(sparse)))
+    for make in kinds.values():
+        (step,) = make()(3).values()  # on a CPU there is the dense one alone
+        step()
 
 
 def test_one_layer_of_a_kind_is_made_and_copied_for_the_others() -> None:

@@ -6,7 +6,8 @@ memory, so it must be the faster by more than chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -20,18 +21,42 @@ DENSE = "torch-dense"
 
 def signature(layout: Layout, dtype: torch.dtype) -> str:
     """What the speed of a layer depends on, besides its tokens; layers with about equally many values are alike."""
-    parameters = (
-        f"{key}={layout.parameters[key]}" for key in ("n", "m", "block_size", "band") if key in layout.parameters
-    )
-    values = layout.tensors["values"]
+    values, shape = layout.tensors["values"], (layout.out_features, layout.in_features)
+    kinds = (values.dtype, dtype)
+    return _signature(layout.structure, shape, layout.parameters, values.numel(), kinds, layout.permutations())
+
+
+def training_signature(
+    structure: str,
+    shape: tuple[int, int],
+    parameters: Mapping[str, Any],
+    entries: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    permutations: Iterable[str],
+) -> str:
+    """As `signature`, of a layer in training: `entries` of `[out, in]` are on the support, `kinds` are the dtypes of
+    the weight and of the product, `permutations` the sides that are permuted, by name.
+    """
+    return f"training {_signature(structure, shape, parameters, entries, kinds, permutations)}"
+
+
+def _signature(
+    structure: str,
+    shape: tuple[int, int],
+    parameters: Mapping[str, Any],
+    entries: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    permutations: Iterable[str],
+) -> str:
+    named = (f"{key}={parameters[key]}" for key in ("n", "m", "block_size", "band") if key in parameters)
     return " ".join(
         (
-            layout.structure,
-            f"{layout.out_features}x{layout.in_features}",
-            *parameters,
-            f"values~{octave(values.numel())}",
-            *(str(kind).removeprefix("torch.") for kind in (values.dtype, dtype)),
-            *layout.permutations(),
+            structure,
+            f"{shape[0]}x{shape[1]}",
+            *named,
+            f"values~{octave(entries)}",
+            *(str(kind).removeprefix("torch.") for kind in kinds),
+            *permutations,
         )
     )
 
@@ -43,9 +68,14 @@ def known(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
 
 def steps(layout: Layout, device: torch.device, dtype: torch.dtype, rule: Callable[[int], str]) -> Steps[str]:
     """The name of the path for every number of tokens; `rule` names one where nothing is measured."""
-    figures = measured.of(device).paths.get(signature(layout, dtype), {})
-    known = Steps.of({tokens: fastest(seconds) for tokens, seconds in figures.items()})
+    known = fastest_by_tokens(signature(layout, dtype), device)
     return Steps.of({mark: known.at(mark) or rule(mark) for mark in GRID})
+
+
+def fastest_by_tokens(name: str, device: torch.device) -> Steps[str]:
+    """The fastest path of layers with this signature, as far as it was measured."""
+    figures = measured.of(device).paths.get(name, {})
+    return Steps.of({tokens: fastest(seconds) for tokens, seconds in figures.items()})
 
 
 def fastest(seconds: Mapping[str, float]) -> str:

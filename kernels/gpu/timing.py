@@ -1,7 +1,8 @@
-"""Seconds that the GPU takes for a call, its weights not in the cache and its launch not counted.
+"""Seconds that the GPU takes for a call, `seconds` without its launch and `launched` with it.
 
-The call is captured into a CUDA graph, which is replayed again and again between two events; before each replay more
-memory than twice the L2 cache is written. While that is going on the CPU gets ahead, so no launch is waited for.
+Without: the call is captured into a CUDA graph, which is replayed again and again between two events; before each
+replay more memory than twice the L2 cache is written, so that weights are not in the cache. While that is going on the
+CPU gets ahead, so no launch is waited for.
 """
 
 from __future__ import annotations
@@ -59,3 +60,33 @@ def _replays(graph: torch.cuda.CUDAGraph, flush: torch.Tensor, count: int) -> li
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def launched(work: Callable[[], object]) -> float:
+    """The median of several runs of calls that follow on each other, as they come: the slower one of CPU and GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    work()
+    first = event_seconds(work, device)
+    count = max(1, min(MOST, round(ENOUGH / max(first, 1e-7))))
+    return statistics.median(event_seconds(repeated(work, count), device) for _ in range(LEAST)) / count
+
+
+def event_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the GPU takes for what `work` launches, its waits for the CPU included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def repeated(work: Callable[[], object], number: int) -> Callable[[], None]:
+    """A function that does `work` so many times."""
+
+    def run() -> None:
+        for _ in range(number):
+            work()
+
+    return run

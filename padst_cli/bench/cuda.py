@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from padst_kernels.gpu.timing import graph_of, l2_bytes
+from padst_kernels.gpu.timing import event_seconds, graph_of, l2_bytes, repeated
 
 from padst_cli.stopwatch import Pair, Stopwatch, Timing, turns_of
 
@@ -77,24 +77,3 @@ class CudaStopwatch(Stopwatch):
             return self.once(repeated(once, number)) / (number * turns)
 
         return run
-
-
-def event_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that the GPU takes for what `work` launches, its waits for the CPU included."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def repeated(work: Callable[[], Any], number: int) -> Callable[[], None]:
-    """A function that does `work` so many times."""
-
-    def run() -> None:
-        for _ in range(number):
-            work()
-
-    return run

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from padst_kernels.dispatch import calibrate_gpu
 
+from padst_cli.bench.calibrate import calibrate_steps
 from padst_cli.bench.cuda import stopwatch_for
 from padst_cli.bench.decode import decode_rate
 from padst_cli.bench.layers import LayerBench
@@ -133,13 +134,13 @@ class Group:
 def groups(sizes: Sizes) -> tuple[Group, ...]:
     """The whole table, the most telling rows first."""
     return (
-        Group("layers", 120, _layer_rows(sizes)),
+        Group("layers", 110, _layer_rows(sizes)),
         Group("vit", 60, (Row(f"ViT-B/16, batch {sizes.images}, block 64", 1.8, _vit),)),
         Group("gpt2", 80, _prefill_rows(sizes)),
         Group(
-            "training", 40, (Row(f"GPT-2 small, fine-tuning step, {_times(sizes.training)}, block 64", 1.21, _train),)
+            "training", 60, (Row(f"GPT-2 small, fine-tuning step, {_times(sizes.training)}, block 64", 1.21, _train),)
         ),
-        Group("llama", 160, (Row("Llama-2-7B, decoding, batch 1, block 32", 3.0, _llama),)),
+        Group("llama", 150, (Row("Llama-2-7B, decoding, batch 1, block 32", 3.0, _llama),)),
     )
 
 
@@ -237,6 +238,8 @@ def _llama(setting: Setting) -> Figures:
 def _train(setting: Setting) -> Figures:
     sparse, dense, _ = _models("gpt2", setting, structure="block", block_size=64)
     batch, tokens = setting.sizes.training
+    if setting.device.type == "cuda":
+        calibrate_steps(sparse, tokens=(batch * tokens,), deadline=_tuning_deadline(setting))
     stopwatch = setting.stopwatch()
     used: set[str] = set()
     rate = step_rate(sparse, dense, tokens, stopwatch, _generator(setting), batch, used)
@@ -265,9 +268,13 @@ def _models(family: str, setting: Setting, **recipe: Any) -> tuple[Any, Any, str
 
 def _tune(layers: Any, tokens: int, setting: Setting) -> None:
     if setting.device.type == "cuda":
-        now = time.monotonic()
-        deadline = now + min(_TUNING, (setting.deadline - now) / 3)
-        calibrate_gpu([layer.layout() for layer in layers], setting.dtype, tokens=(tokens,), deadline=deadline)
+        layouts = [layer.layout() for layer in layers]
+        calibrate_gpu(layouts, setting.dtype, tokens=(tokens,), deadline=_tuning_deadline(setting))
+
+
+def _tuning_deadline(setting: Setting) -> float:
+    now = time.monotonic()
+    return now + min(_TUNING, (setting.deadline - now) / 3)
 
 
 def _generator(setting: Setting) -> Any:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from padst_kernels.cpu.library import library
-from padst_kernels.dispatch import calibrate_gpu, recalibrate, scratch_bytes
-from padst_kernels.gpu.calibrate import silent
+from padst_kernels.dispatch import scratch_bytes
 from padst_kernels.gpu.device import current
 
 from padst_cli.bench.break_even import DENSITIES, break_even_densities
+from padst_cli.bench.calibrate import calibrate_model
 from padst_cli.bench.cuda import stopwatch_for
 from padst_cli.bench.device import device_facts
 from padst_cli.bench.layers import LayerBench, faster_dense, groups_of
@@ -70,27 +69,13 @@ def bench(
         stopwatch = stopwatch_for(timing, threads, sparse.device, cuda_graphs)
         with current(sparse.device):
             if calibrate:
-                _calibrate(sparse, threads, on_progress)
+                calibrate_model(sparse, threads, train, on_progress)
             with evaluating(sparse, dense):
                 whole = Whole(batch, compiled)
                 run = _Run(sparse, tuple(tokens), stopwatch, whole, seed, on_progress, break_even, train)
                 return run.result(dense, task, layers_only)
     finally:
         torch.set_num_threads(before)
-
-
-def _calibrate(sparse: Any, threads: int, on_progress: OnProgress | None) -> None:
-    """Measure anew what paths are chosen by, on the device where the model is."""
-    if sparse.device.type != "cuda":
-        if library() is None:
-            raise PadstError(
-                "--calibrate measures padst's compiled kernels, and this padst was installed without them; leave it "
-                "out, or install a C compiler and padst again"
-            )
-        recalibrate(threads)
-        return
-    layouts = [layer.layout() for layer in packed_layers(sparse).values()]
-    calibrate_gpu(layouts, sparse.dtype, on_measured=on_progress or silent)
 
 
 class _Run:

@@ -65,13 +65,11 @@ def train_rates(
 def _layer_row(
     names: list[str], layer: PackedLinear, tokens: int, stopwatch: Stopwatch, generator: torch.Generator
 ) -> TrainRow:
-    trained = trainable(layer)
-    x = torch.randn(tokens, layer.in_features, generator=generator).to(trained.weight)
-    dy = torch.randn(tokens, layer.out_features, generator=generator).to(trained.weight)
+    trained = as_trained(layer)
+    x, dy = random_pair(layer, tokens, generator)
     dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(trained.weight)
     pair = stopwatch.uncaptured(
-        _layer_step(lambda u: F.linear(u, dense.weight, dense.bias), dense, x, dy),
-        _layer_step(trained, trained, x, dy),
+        layer_step(lambda u: F.linear(u, dense.weight, dense.bias), dense, x, dy), layer_step(trained, trained, x, dy)
     )
     return TrainRow(
         name=names[0],
@@ -90,17 +88,36 @@ def _layer_row(
     )
 
 
-def _layer_step(product: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward, and gradients of the input, the weight and the bias."""
+def random_pair(layer: PackedLinear, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Activations `[tokens, in]` and gradients of the output `[tokens, out]`, in the layer's dtype and where it is."""
+    x, dy = (torch.randn(tokens, width, generator=generator) for width in (layer.in_features, layer.out_features))
+    return x.to(layer.weight), dy.to(layer.weight)
+
+
+def as_trained(layer: PackedLinear) -> SparseLinear:
+    """`trainable` with the weight as fine-tuning keeps it: on a GPU in float32, its products in the layer's dtype."""
+    trained = trainable(layer)
+    return trained.float() if layer.weight.is_cuda else trained
+
+
+def layer_step(product: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward in the dtype of x, and gradients of the input, the weight and the bias."""
     inputs, weight = x.clone().requires_grad_(), module.get_parameter("weight")
 
     def step() -> None:
         inputs.grad = None
         module.zero_grad(set_to_none=True)
         _touch(weight)
-        product(inputs).backward(dy)
+        with _products_in(x.dtype, x.device):
+            y = product(inputs)
+        y.backward(dy)
 
     return step
+
+
+def _products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """On a GPU products of float32 weights are computed in `dtype`, as fine-tuning does."""
+    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" and dtype is not torch.float32)
 
 
 @torch.no_grad()
@@ -176,16 +193,16 @@ def step_rate(
 
 
 def _optimizer_step(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], None]:
-    device, dtype = model.device.type, model.dtype
+    device, dtype = model.device, model.dtype
     model.train()
-    if device == "cuda":
+    if device.type == "cuda":
         model.float()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     optimizer = AdamW([{"params": model.parameters()}], _LEARNING_RATE)
 
     def step() -> None:
-        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype is not torch.float32):
+        with _products_in(dtype, device):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()

@@ -55,7 +55,11 @@ def bench(
     ] = None,
     break_even: Annotated[bool, typer.Option("--break-even", help="Also find the density where dense wins.")] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure anew what paths are chosen by, and keep it.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure anew what paths are chosen by, and keep it; with --train also on a GPU those of training.",
+        ),
     ] = False,
     train: Annotated[bool, typer.Option("--train", help="Also time training steps: forward and backward.")] = False,
     batch_size: Annotated[

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from padst_kernels.gpu import rules as gpu
+from padst_kernels.gpu.paths import DENSE, fastest_by_tokens, training_signature
+from padst_kernels.steps import Steps
 from torch import Tensor, nn
 
 from padst_cli.structures.base import Structure
@@ -82,6 +84,7 @@ class SparseLinear(nn.Module):
         """What computed the last product with S."""
         self._counted = (-1, 0.0)
         self._packable = (-1, False)
+        self._measured: tuple[tuple[torch.device, torch.dtype], Steps[str]] | None = None
         self._block_size: int | None = structure.parameters().get("block_size")
         self._kernel: TrainingKernel | TritonTraining | None = None
 
@@ -150,7 +153,7 @@ class SparseLinear(nn.Module):
         make: Callable[..., TrainingKernel | TritonTraining]
         if serves(x, self.weight) and pays(self.density, tokens, self._block_size):
             make = partial(TrainingKernel, block_size=self._block_size)
-        elif gpu.trains(x, self.weight) and self._pays_on_gpu():
+        elif gpu.trains(x, self.weight) and self._pays_on_gpu(x.device, gpu.product_dtype(x), tokens):
             make = partial(_on_gpu, self.structure)
         else:
             return None
@@ -158,13 +161,38 @@ class SparseLinear(nn.Module):
             self._kernel = make(self.mask, *perms)
         return self._kernel
 
-    def _pays_on_gpu(self) -> bool:
-        """Whether Triton kernels pay; they take the support as the structure packs it, not a wider one."""
-        if not gpu.training_pays(self.structure.name, self.structure.parameters(), self.structure.density):
+    def _pays_on_gpu(self, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+        """Whether Triton kernels pay, as was measured or is ruled; they take the support as the structure packs it, not
+        a wider one.
+        """
+        if self._measured is None or self._measured[0] != (device, dtype):
+            self._measured = (device, dtype), fastest_by_tokens(self.gpu_signature(dtype), device)
+        fastest = self._measured[1].at(tokens)
+        rule = gpu.training_pays(self.structure.name, self.structure.parameters(), self.structure.density)
+        if not (rule if fastest is None else fastest != DENSE):
             return False
         if self._packable[0] != self.mask._version:
             self._packable = (self.mask._version, self.structure.is_feasible(self.structure.units_of(self.mask)))
         return self._packable[1]
+
+    def gpu_signature(self, dtype: torch.dtype) -> str:
+        """The name of layers like this one among a GPU's figures, for products of `dtype`."""
+        shape, entries = (self.out_features, self.in_features), round(self.structure.density * self.mask.numel())
+        sides = (key for key in ("perm_in", "perm_out") if getattr(self, key) is not None)
+        kinds = self.weight.dtype, dtype
+        return training_signature(self.structure.name, shape, self.structure.parameters(), entries, kinds, sides)
+
+    def gpu_products(self, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What a GPU may compute the layer by for inputs like x, by name: `[..., in] -> [..., out]` each.
+
+        For layers whose permutations have hardened, with the present support.
+        """
+        products: dict[str, Callable[[Tensor], Tensor]] = {DENSE: partial(self._dense_product, bias=self.bias)}
+        if gpu.trains(x, self.weight):
+            perms = (None if perm is None else perm.index for perm in (self.perm_in, self.perm_out))
+            kernel = _on_gpu(self.structure, self.mask, *perms)
+            products[kernel.name] = lambda u: kernel(u, self.weight, self.bias, self.dense_gradient)
+        return products
 
     def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same through the masked weight, zeros and all; permutations that are soft are the caller's."""

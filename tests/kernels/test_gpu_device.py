@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from padst_kernels.dispatch import calibrate_gpu, select
 from padst_kernels.gpu import measured, semi, timing, tuning
+from padst_kernels.gpu.calibrate import calibrate_training
+from padst_kernels.gpu.paths import fastest
 from padst_kernels.gpu.semi import SemiStructured, Unavailable
 from torch import nn
 from torch.nn import functional
@@ -23,7 +26,10 @@ from padst_kernels.gpu import permute
 from padst_kernels.gpu.layer import TritonKernel
 
 from padst_cli.bench import gpu_table
+from padst_cli.bench.calibrate import _steps
 from padst_cli.bench.gpu_rows import TINY, Setting, groups
+from padst_cli.bench.train import as_trained, layer_step, random_pair
+from padst_cli.training.sparse_linear import DENSE_PRODUCT
 from tests.kernels.gpu_cases import FAMILIES, close, on
 from tests.runtime.test_packed_linear import make
 
@@ -138,6 +144,22 @@ def test_compiled_after_calibrating_and_nothing_is_tuned_in_a_graph(structure, m
             y = layer(x)
         graph.replay()
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["block", "diag", "nm"])
+def test_a_layer_in_training_takes_what_was_the_fastest(structure):
+    packed = make(structure)[0].to(CUDA, torch.bfloat16)
+    name = as_trained(packed).gpu_signature(torch.bfloat16)
+    assert calibrate_training({name: partial(_steps, packed)}, CUDA, tokens=(64,)) == 0
+    times = measured.of(CUDA).paths[name][64]
+    assert set(times) == {"torch-dense", f"cuda-triton-{structure}"}
+    assert all(0 < seconds < 1 for seconds in times.values())
+    assert {cut.split()[0] for cut in measured.of(CUDA).cuts} == {structure}
+    trained = as_trained(packed)
+    x, dy = random_pair(packed, 64, torch.Generator().manual_seed(0))
+    layer_step(trained, trained, x, dy)()
+    assert trained.computed_by == {"torch-dense": DENSE_PRODUCT}.get(fastest(times), f"cuda-triton-{structure}")
+    assert trained.weight.dtype is trained.weight.grad.dtype is torch.float32
 
 
 @pytest.mark.parametrize("name", [group.name for group in groups(TINY)])

@@ -26,10 +26,11 @@ SHAPES = {
 }
 
 if INTERPRETED:
-    from padst_kernels.gpu import diag, layer, operator, permute, rules, tuning
+    from padst_kernels.gpu import calibrate, diag, layer, measured, operator, permute, rules, tuning
     from triton.runtime import interpreter
 
     from tests.kernels.gpu_cases import DTYPES, FAMILIES, SIDES, TOKENS, check_forward, check_gradients, close, on
+    from tests.kernels.gpu_fakes import CUDA, Clock, gpu  # noqa: F401
 
     CASES = [
         pytest.param(family, shape, TOKENS if turn == 0 else (3, 17), turn, marks=[pytest.mark.slow] if turn else [])
@@ -243,6 +244,44 @@ if INTERPRETED:
             with torch.no_grad():
                 sparse.weight.mul_(0.5)  # values are taken anew
                 double.weight.mul_(0.5)
+
+    @pytest.mark.usefixtures("gpu")
+    @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+    def test_steps_of_training_are_tuned_with_all_their_kernels(monkeypatch, structure):
+        from padst_cli.bench.calibrate import _steps
+        from tests.runtime.test_packed_linear import make
+
+        monkeypatch.setattr(rules, "trains", lambda *_: True)
+        timed = Clock()
+        calibrate.calibrate_training(
+            {"training": lambda: _steps(make(structure)[0])}, CUDA, tokens=(3,), tuner=timed, timer=timed
+        )
+        (by_tokens,) = measured.of(CUDA).paths.values()
+        assert {tokens: set(times) for tokens, times in by_tokens.items()} == {
+            4: {"torch-dense", f"cuda-triton-{structure}"}
+        }
+        kernels = {" ".join(name.split()[:-3]) for name in measured.of(CUDA).cuts}
+        assert (
+            kernels
+            == {
+                "diag": {"diag", "diag gradient"},
+                "nm": {"nm", "nm tiles transposed", "nm gradient"},
+                "block": {"block", "block transposed", "block gradient"},
+            }[structure]
+        )
+
+    @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+    def test_the_products_that_a_gpu_chooses_from_are_one(monkeypatch, structure):
+        from padst_cli.bench.train import trainable
+        from tests.runtime.test_packed_linear import make
+
+        monkeypatch.setattr(rules, "trains", lambda *_: True)
+        packed, weight, bias = make(structure)
+        x = torch.randn(5, weight.shape[1])
+        products = trainable(packed).gpu_products(x)
+        assert list(products) == ["torch-dense", f"cuda-triton-{structure}"]
+        for product in products.values():
+            close(product(x), weight, x, bias)
 
     @pytest.mark.parametrize("dense_gradient", [False, True])
     def test_one_token_in_training_needs_no_further_dimension(monkeypatch, dense_gradient):

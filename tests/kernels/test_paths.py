@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from padst_kernels import dispatch
 from padst_kernels.dispatch import calibrate_gpu, kernel_name, prepare, select
 from padst_kernels.gpu import calibrate, measured, paths, rules, semi
 from padst_kernels.gpu.measured import Measured
-from padst_kernels.gpu.paths import fastest, signature
+from padst_kernels.gpu.paths import fastest, signature, training_signature
 from padst_kernels.steps import GRID
 
 from tests.kernels.gpu_fakes import CUDA, Clock, gpu  # noqa: F401
@@ -170,6 +171,66 @@ def test_layers_take_what_was_measured_from_then_on(make_case, monkeypatch):
     assert calibrate_gpu([layout], BF16, tokens=(1,)) == 0
     measured.forget()
     assert name(layout, 1) == "torch-dense"
+
+
+def test_steps_of_training_are_chosen_with_their_launches():
+    """Tuned by one timer, timed by another one; each kind is made when its turn has come."""
+    alone, together, made = Clock(), Clock(), []
+
+    def steps_of(name):
+        def make():
+            made.append(name)
+
+            def step(launch, work):
+                alone.passed += work
+                together.passed += max(launch, work)
+
+            return lambda tokens: {
+                "torch-dense": partial(step, 1.0, tokens / 100),
+                TRITON["block"]: partial(step, 2.0, tokens / 1000),
+            }
+
+        return make
+
+    kinds = {name: steps_of(name) for name in ("training a", "training b")}
+    grads = []
+    left = calibrate.calibrate_training(
+        kinds, CUDA, tokens=(64, 100, 512), tuner=alone, timer=together, on_measured=lambda *_: grads.append(len(made))
+    )
+    assert (left, made) == (0, ["training a", "training b"])
+    assert grads == [1, 1, 1, 2, 2, 2]
+    assert alone.calls == together.calls * 2  # what is launched, and the end; there are no Configs
+    measured.forget()
+    for name in kinds:
+        assert measured.of(CUDA).paths[name][64] == {"torch-dense": 1.0, TRITON["block"]: 2.0}
+        known = paths.fastest_by_tokens(name, CUDA)
+        assert [known.at(tokens) for tokens in (64, 128, 129, 512, 513)] == [
+            *["torch-dense"] * 2, *[TRITON["block"]] * 2, None
+        ]  # fmt: skip
+    assert paths.fastest_by_tokens("training c", CUDA).at(64) is None
+
+
+def test_steps_of_training_record_gradients_whatever_is_set_around_them():
+    seen = []
+    with torch.no_grad():
+        calibrate.calibrate_training(
+            {"training": lambda: lambda _: {"torch-dense": lambda: seen.append(torch.is_grad_enabled())}},
+            CUDA, tokens=(64,), tuner=Clock(), timer=Clock(),
+        )  # fmt: skip
+    assert seen
+    assert all(seen)
+
+
+def test_figures_of_training_are_apart(make_case):
+    layout = make_case("block", 64, 48, 0.3, "i", torch.float32, block_size=16).layout
+    entries = layout.tensors["values"].numel()
+
+    def of(*sides, kinds=(torch.float32, BF16), count=entries):
+        return training_signature("block", (64, 48), layout.parameters, count, kinds, sides)
+
+    names = {of("perm_in"), of(), of("perm_in", count=2 * entries), of("perm_in", kinds=(BF16, BF16))}
+    assert len({*names, signature(layout, BF16)}) == 5
+    assert of("perm_in") == f"training {signature(layout, BF16)}"
 
 
 @pytest.mark.parametrize("structure", ["diag", "block", "nm"])

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from padst_kernels.gpu import measured
+from padst_kernels.gpu.measured import Measured
 
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.permutation.soft import balanced, matrix_of
@@ -12,6 +14,7 @@ from padst_cli.training import sparse_linear
 from padst_cli.training.permutation import Permutation
 from padst_cli.training.sparse_linear import DENSE_PRODUCT, SparseLinear, sparse_layers
 from padst_cli.training.swap import finished_layers
+from tests.kernels.gpu_fakes import CUDA, gpu  # noqa: F401
 
 OUT, IN = 48, 32
 
@@ -99,10 +102,25 @@ def test_a_support_wider_than_the_structure_is_not_packed_for_a_gpu(monkeypatch)
     monkeypatch.setattr(sparse_linear, "serves", lambda *_: False)
     monkeypatch.setattr(sparse_linear.gpu, "trains", lambda *_: True)
     monkeypatch.setattr(sparse_linear.gpu, "training_pays", lambda *_: True)
-    assert layer._pays_on_gpu()
+    assert layer._pays_on_gpu(torch.device("cpu"), torch.float32, 2)
     layer.mask.fill_(True)
     layer(torch.randn(2, IN))
     assert layer.computed_by == DENSE_PRODUCT
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("ruled", [False, True])
+def test_a_gpu_s_figures_overrule_the_rules_as_far_as_they_go(monkeypatch, ruled):
+    monkeypatch.setattr(sparse_linear.gpu, "training_pays", lambda *_: ruled)
+    bf16, layers = torch.bfloat16, [make("block"), make("block", ("input",))]
+    name = layers[0].gpu_signature(bf16)
+    assert name != layers[1].gpu_signature(bf16)
+    quick, slow = ({"torch-dense": 1.0, "cuda-triton-block": seconds} for seconds in (0.5, 2.0))
+    measured.keep(CUDA, Measured(paths={name: {128: slow, 4096: quick}}))
+    tokens = (1, 128, 129, 4096, 4097)
+    assert [layers[0]._pays_on_gpu(CUDA, bf16, count) for count in tokens] == [False, False, True, True, ruled]
+    assert [layers[0]._pays_on_gpu(CUDA, torch.float16, count) for count in tokens] == [ruled] * 5
+    assert [layers[1]._pays_on_gpu(CUDA, bf16, count) for count in tokens] == [ruled] * 5
 
 
 def test_few_tokens_run_as_a_dense_product_and_say_so():
