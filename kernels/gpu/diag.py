@@ -9,9 +9,13 @@ used for all its tokens. `SPLIT` diagonals are summed side by side, one or more 
 are under way at once. Where out > in only some diagonals meet a range of rows; as offsets ascend these follow on each
 other, and `spans` says where they begin and end.
 
-One token where out >= in: a row's values begin at any address, but what is multiplied has the same index i on both
-sides. So each of eight classes of diagonals, by o_k mod 8, has sums of its own, which begin at the row that makes
-i a multiple of 8: values and inputs are read 16 bytes at a time, and the classes' sums are shifted only when added up.
+One token, where both sizes are multiples of 8: what is out of step with the rest falls into eight classes of diagonals,
+by o_k mod 8, and is shifted once for each class, so that values and inputs are both read 16 bytes at a time. Where out
+>= in, values and inputs have the same index i, and it is the sums that are shifted: those of a class begin at the row
+that makes i a multiple of 8, and are shifted only when added up. Where out < in, values and sums have the same index r,
+and it is the inputs that are shifted. A pass of its own (`permute.shifted`) writes eight copies of x, permuted, each
+begun one input later than the one before, and diagonal k reads copy o_k mod 8 from r + o_k - o_k mod 8 on: a multiple
+of 8 whenever r is one. In each copy x begins anew behind its last input, so that nothing wraps around.
 
 The gradient: dvalues[k, i] = sum over t: dy[t, r] x[t, c] with (r, c) the place of entry i on diagonal k.
 """
@@ -67,15 +71,27 @@ def _space(most: int, rows: int) -> tuple[Config, ...]:
     )
 
 
-def one_space(out_features: int) -> tuple[Config, ...]:
-    """How a product with one token may be cut by classes, the default first: rows, diagonals of a class at a time."""
-    return _one_space(rows_for(out_features, 32))
+def one_space(out_features: int, tall: bool) -> tuple[Config, ...]:
+    """How a product with one token may be cut by classes, the default first: rows, diagonals at a time.
+
+    `tall`, that is out >= in: diagonals of a class. Else also warps, 16 values at a time to each of their threads, and
+    stages. One stage takes the fewest instructions a value (7.4 on sm_90 in bfloat16; two 8.4, three 9.1), but what is
+    compiled then waits for some loads before it begins others; with more, those of further turns are under way.
+    """
+    return _tall_space(rows_for(out_features, 32)) if tall else _wide_space(rows_for(out_features, 16))
 
 
 @functools.cache
-def _one_space(rows: int) -> tuple[Config, ...]:
+def _tall_space(rows: int) -> tuple[Config, ...]:
     cuts = ((rows, 16), (rows, 8), (rows, 32), (2 * rows, 8))
     return tuple(Config(ROWS=rows, STEP=step, num_warps=8, num_stages=2) for rows, step in cuts)
+
+
+@functools.cache
+def _wide_space(rows: int) -> tuple[Config, ...]:
+    step, half = 4096 // rows, max(rows // 2, 16)
+    cuts = ((rows, step, 8, 3), (rows, step, 8, 1), (rows, 2 * step, 16, 2), (half, 4096 // half, 8, 2))
+    return tuple(Config(ROWS=rows, STEP=step, num_warps=warps, num_stages=stages) for rows, step, warps, stages in cuts)
 
 
 @functools.cache
@@ -165,7 +181,15 @@ def diag_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def one_kernel(  # type: ignore[no-untyped-def]
+def products(x, values, source, place, live):  # type: ignore[no-untyped-def]
+    """Inputs at `source` times values at `place`, float32."""
+    weight = tl.load(values + place, mask=live, other=0).to(x.dtype.element_ty)
+    inputs = tl.load(x + source, mask=live, other=0)
+    return inputs.to(tl.float32) * weight.to(tl.float32)
+
+
+@triton.jit
+def tall_kernel(  # type: ignore[no-untyped-def]
     x, values, classes, store, bias, y, out_features, in_features, longest,
     CLASSES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -187,12 +211,36 @@ def one_kernel(  # type: ignore[no-untyped-def]
         column = tl.multiple_of(tl.max_contiguous(column, [1, 1, CLASSES]), [1, 1, CLASSES])
         live = (column >= 0) & (column < in_features)
         place = number.to(tl.int64)[:, :, None] * in_features + column
-        weight = tl.load(values + place, mask=live, other=0).to(x.dtype.element_ty)
-        inputs = tl.load(x + column, mask=live, other=0)
-        sums += inputs.to(tl.float32) * weight.to(tl.float32)
+        sums += products(x, values, column, place, live)
     behind = tl.minimum(inner[None, :] + CLASSES - kind[:, None], ROWS - 1)
     total = tl.sum(tl.gather(tl.sum(sums, axis=1), behind, 1), axis=0)[None, :]
     row = tl.where(inner < ROWS - CLASSES, first + inner, out_features)
+    write(total, tl.arange(0, 1).to(tl.int64), row, bias, store, y, 1, out_features, BIAS, STORE, ACTIVATION)
+
+
+@triton.jit
+def wide_kernel(  # type: ignore[no-untyped-def]
+    copies, values, offsets, store, bias, y, out_features, length, diagonals,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    STORE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` rows of the one token, out < in, out a multiple of `CLASSES`.
+
+    copies `[CLASSES, length]` as from `permute.shifted`, length, too, a multiple of `CLASSES`.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.max_constancy(row < out_features, CLASSES)
+    sums = tl.zeros((STEP, ROWS), dtype=tl.float32)
+    # Unless asked to, Triton lets no loads run ahead in a loop without tensor cores.
+    for start in tl.range(0, diagonals, STEP, num_stages=STAGES):
+        number = start + tl.arange(0, STEP)
+        here = number < diagonals
+        offset = tl.load(offsets + number, mask=here, other=0)
+        shift = offset & (CLASSES - 1)
+        source = tl.multiple_of(shift * length + offset - shift, CLASSES)[:, None] + row[None, :]
+        place = tl.multiple_of(number.to(tl.int64) * out_features, CLASSES)[:, None] + row[None, :]
+        sums += products(copies, values, source, place, here[:, None] & inside[None, :])
+    total = tl.sum(sums, axis=0)[None, :]
     write(total, tl.arange(0, 1).to(tl.int64), row, bias, store, y, 1, out_features, BIAS, STORE, ACTIVATION)
 
 
@@ -235,19 +283,19 @@ class _Diag:
         x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None,
         store: Tensor | None, y: Tensor, parameters: list[int], transposed: bool, activation: str,
     ) -> None:  # fmt: skip
-        offsets, spans, classes = index
+        offsets, spans, _ = index
         in_features, out_features = x.shape[-1], y.shape[-1]
         tokens, size = x.numel() // in_features, bands.side(parameters[0], x.dtype)
         tall = in_features < out_features if transposed else in_features <= out_features
         reads = tokens * values.numel()
+        even = in_features % CLASSES == 0 and out_features % CLASSES == 0
+        if tokens == 1 and even and (permute.pays(reads) or (tall and perm_in is None)):
+            _launch_one(x, bias, values, index, perm_in, store, y, tall, activation)
+            return
         if tokens == 1 or (size and tokens > FEW):
             x, perm_in = permute.ahead(x, perm_in, reads)
         if size and tokens > FEW:
             bands.launch(x, bias, values, [offsets, spans], perm_in, store, y, size, tall, activation)
-            return
-        even = in_features % CLASSES == 0 and out_features % CLASSES == 0
-        if tokens == 1 and tall and even and perm_in is None:
-            _launch_one(x, bias, values, classes, store, y, activation)
             return
         cut = tuning.tuned("diag", space(tokens, out_features), tokens, x, values, out_features)
         minor = tokens > 1 and permute.pays(reads)
@@ -277,16 +325,27 @@ class _Diag:
 
 
 def _launch_one(
-    x: Tensor, bias: Tensor | None, values: Tensor, classes: Tensor, store: Tensor | None, y: Tensor, activation: str
-) -> None:
+    x: Tensor, bias: Tensor | None, values: Tensor, index: list[Tensor], perm_in: Tensor | None, store: Tensor | None,
+    y: Tensor, tall: bool, activation: str,
+) -> None:  # fmt: skip
+    """One token by classes of diagonals, after a pass over x where that is permuted or out < in."""
+    offsets, _, classes = index
     in_features, out_features = x.shape[-1], y.shape[-1]
-    cut = tuning.tuned("diag one token", one_space(out_features), 1, x, values, out_features)
+    name = "diag one token tall" if tall else "diag one token wide"
+    cut = tuning.tuned(name, one_space(out_features, tall), 1, x, values, out_features)
     ending = epilogue(bias, None, store, x, activation)
     del ending["perm_in"], ending["PERM_IN"]
-    launcher(one_kernel, x)[(triton.cdiv(out_features, cut.ROWS - CLASSES),)](
-        x=x, values=values, classes=classes, y=y, out_features=out_features, in_features=in_features,
-        longest=classes.shape[-1], CLASSES=CLASSES, **ending, **cut.keywords(),
-    )  # fmt: skip
+    shared = {"values": values, "y": y, "out_features": out_features, "CLASSES": CLASSES, **ending, **cut.keywords()}
+    if tall:
+        launcher(tall_kernel, x)[(triton.cdiv(out_features, cut.ROWS - CLASSES),)](
+            x=x if perm_in is None else permute.permute(x, perm_in), classes=classes,
+            in_features=in_features, longest=classes.shape[-1], **shared,
+        )  # fmt: skip
+        return
+    copies = permute.shifted(x, perm_in, CLASSES, in_features + out_features)
+    launcher(wide_kernel, x)[(triton.cdiv(out_features, cut.ROWS),)](
+        copies=copies, offsets=offsets, length=copies.shape[-1], diagonals=len(offsets), STAGES=cut.num_stages, **shared
+    )
 
 
 diag_linear, diag_gradient = define(_Diag)

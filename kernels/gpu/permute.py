@@ -66,7 +66,7 @@ def permute(x: Tensor, index: Tensor) -> Tensor:
 
 
 COLUMNS = 256
-"""Columns of a program that brings tokens side by side: few, so that many programs share the scattered reads."""
+"""Columns of a program that moves inputs: few, so that many programs share the scattered reads."""
 
 
 @triton.jit
@@ -100,6 +100,35 @@ def side_by_side(x: Tensor, index: Tensor | None, tile: int) -> Tensor:
     launcher(side_kernel, x)[(triton.cdiv(width, COLUMNS) * len(y),)](
         x=x, index=x if index is None else index, y=y, tokens=tokens, width=width,
         TILE=tile, COLUMNS=COLUMNS, PERMUTED=index is not None, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def shift_kernel(  # type: ignore[no-untyped-def]
+    x, index, y, width, length, COPIES: tl.constexpr, COLUMNS: tl.constexpr, PERMUTED: tl.constexpr
+):
+    """What `COLUMNS` columns of x, counted on where it begins anew, are in every copy; each input is read once."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    source = column % width
+    if PERMUTED:
+        source = tl.load(index + source)
+    values = tl.load(x + source)
+    copy = tl.arange(0, COPIES)[:, None]
+    place = column[None, :] - copy
+    tl.store(y + copy * length + place, values[None, :], mask=(place >= 0) & (place < length))
+
+
+def shifted(x: Tensor, index: Tensor | None, copies: int, length: int) -> Tensor:
+    """x `[..., d]` of one token, index int32 `[d]` or None -> y `[copies, length]`, y[c, j] = x[index[(j + c) mod d]].
+
+    Whatever place a kernel reads from, one of the copies has it at a multiple of `copies`.
+    """
+    width = x.shape[-1]
+    y = torch.empty((copies, length), dtype=x.dtype, device=x.device)
+    launcher(shift_kernel, x)[(triton.cdiv(length + copies - 1, COLUMNS),)](
+        x=x, index=x if index is None else index, y=y, width=width, length=length,
+        COPIES=copies, COLUMNS=COLUMNS, PERMUTED=index is not None, num_warps=4,
     )  # fmt: skip
     return y
 

@@ -65,10 +65,20 @@ def diag_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
         for minor in (False, True) if cut.TILE > 1 else (False,):
             pointers = {"x": "?", "values": "?", "offsets": "i32", "spans": "i32"}
             yield diag.diag_kernel, pointers, {"TALL": tall, "SPAN": diag.ROWS, "MINOR": minor}, cut
-    for cut in sized(lambda _, out_features: diag.one_space(out_features), whole):
-        yield diag.one_kernel, {"x": "?", "values": "?", "classes": "i32"}, {"CLASSES": diag.CLASSES}, cut
     for cut in diag.gradient_space()[: None if whole else 1]:
         yield diag.gradient_kernel, {"x": "?", "dy": "?", "offsets": "i32", "found": "fp32"}, {}, cut
+
+
+def one_token_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch]:
+    del dtype
+    for cut in sized(lambda _, out_features: diag.one_space(out_features, False), whole):
+        constants = {"CLASSES": diag.CLASSES, "STAGES": cut.num_stages}
+        yield diag.wide_kernel, {"copies": "?", "values": "?", "offsets": "i32"}, constants, cut
+    for cut in sized(lambda _, out_features: diag.one_space(out_features, True), whole):
+        yield diag.tall_kernel, {"x": "?", "values": "?", "classes": "i32"}, {"CLASSES": diag.CLASSES}, cut
+    constants = {"COPIES": diag.CLASSES, "COLUMNS": permute.COLUMNS, "PERMUTED": True}
+    cut = Config(num_warps=4, num_stages=2)
+    yield permute.shift_kernel, {"x": "?", "index": "i32", "y": "?"}, constants, cut
 
 
 def band_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
@@ -114,6 +124,7 @@ def permute_launches(dtype: torch.dtype, _: str, whole: bool) -> Iterator[Launch
 LAUNCHES = {
     "block": block_launches,
     "diag": diag_launches,
+    "diag, one token": one_token_launches,
     "band": band_launches,
     "nm": nm_launches,
     "permute": permute_launches,

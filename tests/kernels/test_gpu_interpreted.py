@@ -104,20 +104,49 @@ if INTERPRETED:
                 patch.setattr(permute, "WORTH", 0)
                 assert torch.equal(layer.TritonKernel(case.layout)(x, bias), within)
 
-    @pytest.mark.parametrize("shape", [(48, 48), (64, 48), (104, 40), (72, 8), (200, 160), (47, 40), (56, 47)], ids=str)
-    @pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
-    def test_one_token_by_classes_of_diagonals(make_case, monkeypatch, shape, density):
-        """Where sizes allow it, and the same by the kernel for any."""
-        kernels = []
+    TALL = [(48, 48), (64, 48), (104, 40), (72, 8), (200, 160), (47, 40), (56, 47)]
+    WIDE = [(48, 64), (40, 104), (8, 72), (160, 200), (40, 47), (47, 56)]
+
+    @pytest.fixture
+    def by_classes(monkeypatch):
+        """Whether each product with one token by classes of diagonals, from now on, was of the tall form."""
+        forms, launch = [], diag._launch_one
         monkeypatch.setattr(permute, "WORTH", 0)
-        recorded = diag._launch_one
-        monkeypatch.setattr(diag, "_launch_one", lambda *rest: (kernels.append("one"), recorded(*rest)))
+        monkeypatch.setattr(diag, "_launch_one", lambda *rest: (forms.append(rest[-2]), launch(*rest)))
+        return forms
+
+    @pytest.mark.parametrize("shape", TALL + WIDE, ids=str)
+    @pytest.mark.parametrize("density", [0.01, 0.1, 0.6, 1.0])
+    def test_one_token_by_classes_of_diagonals(make_case, by_classes, shape, density):
+        """Where sizes allow it, and the same by the kernel for any."""
         for turn, sides in enumerate(SIDES):
             dtype = DTYPES[turn % 3]
             case = make_case("diag", *shape, density, sides, dtype)
             x, bias = torch.randn(1, shape[1]).to(dtype), torch.randn(shape[0])
             close(layer.TritonKernel(case.layout)(x, bias), case.weight, x, bias)
-        assert kernels == (["one"] * 4 if all(size % 8 == 0 for size in shape) else [])
+        assert by_classes == ([shape in TALL] * 4 if all(size % 8 == 0 for size in shape) else [])
+
+    @pytest.mark.parametrize("shape", [(48, 48), (104, 40), (40, 104)], ids=str)
+    @pytest.mark.parametrize("family", ["diag", "band 16"])
+    def test_gradients_of_one_token_by_classes_of_diagonals(make_case, by_classes, family, shape):
+        """That of the input is a product with the transpose, in the other form."""
+        check_gradients(make_case, family, shape, CPU, (1,), "silu")
+        tall = shape in TALL
+        assert by_classes == [tall, tall, not tall]  # the product, once more for its activation's gradient, that of x
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("outputs", [11008, 4096, 768])
+    def test_every_cut_for_one_token_out_of_shifted_copies(make_case, monkeypatch, by_classes, outputs, dtype):
+        monkeypatch.setattr(diag, "one_space", lambda _, tall, space=diag.one_space: space(outputs, tall))
+        case = make_case("diag", 72, 136, 0.4, "io", dtype)
+        kernel, x, bias = layer.TritonKernel(case.layout), torch.randn(1, 136).to(dtype), torch.randn(72)
+        with tuning._trying() as trial:
+            kernel(x, bias)
+            ((place, space),) = trial.spaces.items()
+            for cut in space:
+                trial.forced = {place: cut}
+                close(kernel(x, bias), case.weight, x, bias)
+        assert by_classes == [False] * 5
 
     @pytest.mark.parametrize("family", ["diag", "1:10"])
     def test_every_cut_for_few_tokens(make_case, monkeypatch, family):
@@ -155,6 +184,14 @@ if INTERPRETED:
             flat = found.transpose(1, 2).reshape(-1, 45)
             assert torch.equal(flat[:tokens], x if order is None else x[:, index.long()])
             assert not flat[tokens:].any()
+
+    @pytest.mark.parametrize("length", [1, 30, 45, 90])
+    def test_shifted_copies_of_one_token(monkeypatch, length):
+        monkeypatch.setattr(permute, "COLUMNS", 16)
+        x, index = torch.randn(1, 45), torch.randperm(45).to(torch.int32)
+        place = (torch.arange(8)[:, None] + torch.arange(length)) % 45
+        assert torch.equal(permute.shifted(x, None, 8, length), x[0, place])
+        assert torch.equal(permute.shifted(x, index, 8, length), x[0, index.long()[place]])
 
     def test_permuting_any_number_of_rows(monkeypatch):
         monkeypatch.setattr(permute, "FEW_ROWS", 4)
@@ -302,9 +339,11 @@ if INTERPRETED:
         torch.testing.assert_close(sparse.weight.grad.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         torch.testing.assert_close(sparse.bias.grad, dy)
 
-    def test_narrow_layers_read_no_values_behind_their_own(make_case, monkeypatch):
+    @pytest.mark.parametrize(("shape", "tokens", "worth"), [((5, 3), 2, permute.WORTH), ((8, 24), 1, 0)])
+    def test_narrow_layers_read_no_values_behind_their_own(make_case, monkeypatch, shape, tokens, worth):
         """Rows of a program that are no rows of the layer, and diagonals that are none."""
-        case = make_case("diag", 5, 3, 0.6)
+        monkeypatch.setattr(permute, "WORTH", worth)
+        case = make_case("diag", *shape, 0.6)
         values = case.layout.tensors["values"]
         room = torch.zeros(1 << 12)
         room[: values.numel()] = values.flatten()
@@ -318,7 +357,7 @@ if INTERPRETED:
             return load(self, pointers, mask, *rest)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
-        check = torch.randn(2, 3)
+        check = torch.randn(tokens, shape[1])
         close(layer.TritonKernel(case.layout)(check, None), case.weight, check, None)
         assert seen
         assert not any(seen)

@@ -67,12 +67,14 @@ def test_compiled_in_one_graph_down_to_the_kernel(structure):
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_a_pass_that_permutes_is_part_of_the_graph(monkeypatch, structure, tokens):
+@pytest.mark.parametrize("sides", ["", "io"])
+def test_a_pass_over_activations_is_part_of_the_graph(monkeypatch, structure, tokens, sides):
     from padst_kernels.gpu import permute
 
     monkeypatch.setattr(permute, "WORTH", 0)
-    layer = make(structure)[0].eval()
-    expected = 1 + (layer.perm_in is not None or (tokens > 1 and structure != "block")) + (layer.perm_out is not None)
+    layer = make(structure, sides=sides)[0].eval()
+    moved = structure == "diag" or (structure == "nm" and 1 < tokens <= 16)
+    expected = 1 + ("i" in sides or moved) + ("o" in sides)
     with torch.no_grad():
         (graph,) = graphs_of(layer, torch.randn(tokens, 80))
     assert len(kernels_in(graph)) == expected
