@@ -60,9 +60,9 @@ def rows_for(out_features: int, least: int) -> int:
 def _space(most: int, rows: int) -> tuple[Config, ...]:
     half = max(rows // 2, 16)
     cuts: tuple[tuple[int, int, int, int], ...]
-    cuts = ((half, 16, 8, 8), (rows, 16, 8, 8), (half, 8, 8, 8), (rows, 8, 8, 8))
+    cuts = ((half, min(half // 2, 16), 8, 4), (rows, 16, 8, 8), (half, 8, 8, 4), (rows, 8, 4, 8))
     if most == 1:
-        cuts = (rows, 64, 32, 8), (rows, 64, 8, 8), (half, 128, 32, 8), (rows, 32, 8, 4)
+        cuts = (rows, 64, 16, 8), (rows, 64, 8, 8), (half, 128, 32, 8), (half, 32, 8, 4)
     elif most != MANY and most <= 4:
         cuts = (rows, 32, 8, 8), (half, 32, 8, 8), (half, 64, 16, 8), (rows, 16, 4, 4)
     return tuple(

@@ -30,7 +30,7 @@ def space(tokens: int) -> tuple[Config, ...]:
 
 @functools.cache
 def _space(most: int) -> tuple[Config, ...]:
-    cuts: tuple[tuple[int, int, int], ...] = ((4, 64, 4), (2, 64, 4), (2, 128, 4), (4, 128, 8), (8, 32, 4))
+    cuts: tuple[tuple[int, int, int], ...] = ((8, 32, 4), (4, 128, 8), (2, 64, 4))
     if most == 1:
         cuts = ((4, 512, 4), (1, 512, 4), (4, 128, 4), (8, 128, 4), (4, 128, 2))
     elif most == 4:

@@ -207,9 +207,10 @@ def test_every_default_compiles(structure, dtype, target, plain, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("structure", LAUNCHES)
-def test_the_whole_space_compiles(structure, target, tmp_path):
-    check(structure, torch.bfloat16, target, tmp_path, whole=True)
+def test_the_whole_space_compiles(structure, dtype, target, tmp_path):
+    check(structure, dtype, target, tmp_path, whole=True)
 
 
 def test_spills_are_seen(tmp_path):
