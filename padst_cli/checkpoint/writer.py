@@ -36,14 +36,16 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     replaced. Raises `PadstError` where something is at `path` that is not to be overwritten, or cannot be replaced.
     """
     path = path.resolve()
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise PadstError(f"output '{path}' exists; --overwrite replaces it, --output names another")
     _remove_leftovers(path)
+    if not overwrite:
+        check_vacant(path)
     temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
     make_folder(temporary, path)
     try:
         yield temporary
         _sync(temporary)
+        if not overwrite:
+            check_vacant(path)  # of what another process wrote meanwhile
         if path.exists():
             _set_aside(path, old)
         temporary.rename(path)
@@ -54,6 +56,17 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_vacant(output: Path, hint: str = "") -> None:
+    """Raise `PadstError` where something is in the folder `output`; `hint` is another way out, told first."""
+    if not is_vacant(output):
+        raise PadstError(f"output '{output}' exists; {hint}--overwrite replaces it, --output names another")
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing is lost where `folder` is replaced: it is not there, or empty."""
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def make_folder(folder: Path, output: Path) -> None:
