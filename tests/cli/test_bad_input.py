@@ -120,6 +120,23 @@ def test_a_prompt_that_is_not_utf8(padst: Padst, gpt2: Path) -> None:
     assert "the prompt is not UTF-8 text" in padst.error("generate", gpt2, "--prompt", "caf\udce9")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", "inf"), "the temperature must be a finite number of 0 or more, not inf"),
+        (("--temperature", "nan"), "temperature"),
+        (("--temperature", "-1"), "temperature"),
+        (("--prompt", ""), "the prompt is empty"),
+    ],
+)
+def test_what_no_model_can_answer_is_refused_before_one_is_read(
+    padst: Padst, tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    said = padst.error("generate", tmp_path / "no-model", "--prompt", "the", *flags)
+    assert words in said
+    assert "no-model" not in said
+
+
 def test_a_tokenizer_of_another_model(
     run: Callable[..., str], padst: Padst, train_text: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
