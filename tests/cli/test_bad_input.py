@@ -137,6 +137,25 @@ def test_what_no_model_can_answer_is_refused_before_one_is_read(
     assert "no-model" not in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tasks", ","), "--tasks names no task"),
+        (("--tasks", ""), "--tasks names no task"),
+        (("--tasks", "arc_easy", "--limit", "0"), "--limit 0 leaves no example"),
+        (("--tasks", "arc_easy", "--include-path", "nowhere"), "--include-path 'nowhere' is no folder"),
+        (("--batch-size", "0"), "'--batch-size'"),
+        (("--max-samples", "0"), "'--max-samples'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_read(
+    padst: Padst, tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    said = padst.error("eval", tmp_path / "no-model", *flags)
+    assert words in said
+    assert "no-model" not in said
+
+
 def test_a_tokenizer_of_another_model(
     run: Callable[..., str], padst: Padst, train_text: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
