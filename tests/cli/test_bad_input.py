@@ -358,6 +358,14 @@ def test_misspelt_recipe_key_names_the_nearest(run: Callable[..., str], tmp_path
     assert "'sparsity'" in run(recipe=recipe)
 
 
+def test_a_structure_over_a_recipe_that_names_nm_says_the_way_out(run: Callable[..., str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text('structure: nm\nnm: "2:4"\n')
+    said = run(recipe=recipe, structure="diag")
+    assert "nm 2:4 belongs to structure 'nm', not to 'diag': take nm out of the recipe file" in said
+    assert "or choose structure 'nm'" in said
+
+
 def test_nothing_to_resume(padst: Padst, gpt2: Path, sparsified: Callable[..., Path], tmp_path: Path) -> None:
     assert "no unfinished run" in padst.error("sparsify", gpt2, "--output", tmp_path / "none", "--resume")
     assert "finished" in padst.error("sparsify", gpt2, "--output", sparsified("diag"), "--resume")
