@@ -80,7 +80,7 @@ def export(
     if source.padst is None:
         raise PadstError(f"'{folder}' is not a folder that `padst sparsify` wrote; export starts from one")
     # Of the model that the run began with: one whose head was untied has an embedding more by now.
-    dense_parameters = run_results(source)["dense_bytes"] // torch.float32.itemsize
+    dense_parameters = run_results(source).dense_bytes // torch.float32.itemsize
     on_event(PhaseStarted("read the trained model"))
     trained = load(str(folder), device=device)
     batch, checked_on = _real_input(source, trained.processor, data, trained.device)

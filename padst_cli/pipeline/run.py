@@ -8,13 +8,14 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from pydantic import Field
 from torch import nn
 
 from padst_cli.checkpoint.output import check_apart, check_output
@@ -38,6 +39,18 @@ from padst_cli.training.state import StateStore
 from padst_cli.training.swap import sparsify_modules
 from padst_cli.training.trainer import make_accelerator, rows_of_pass, train
 from padst_cli.tying import untie
+
+
+@dataclass
+class _Found:
+    """What the sessions of a run have found so far: its progress file.
+
+    Evaluations by phase, densities by layer where the data decide them, and the seconds that it took.
+    """
+
+    seconds: float = 0.0
+    metrics: dict[str, EvalResult] = field(default_factory=dict)
+    densities: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +186,8 @@ class _Run:
         self.accelerator = accelerator
         self.listener = listener
         self.command = command
-        self.progress = folder.load_progress()
-        self.began = time.perf_counter() - self.progress.get("seconds", 0.0)
+        self.found: _Found = folder.load_progress(_Found)
+        self.began = time.perf_counter() - self.found.seconds
 
     def execute(self, teacher: nn.Module) -> SparsifyResult:
         set_seed(self.recipe.seed)
@@ -188,7 +201,7 @@ class _Run:
         sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)
         trained = self._train(student, teacher, control=False)
         if not trained.steps:  # the model is the one that was measured before
-            self.progress["metrics"]["final"] = self.progress["metrics"]["initial"]
+            self.found.metrics["final"] = initial
         final = self._measured("final", student, teacher)
         control = self._dense_control(teacher)
         result = self._result(dense, initial, final, control, trained)
@@ -201,14 +214,14 @@ class _Run:
         """Make the plan anew with densities that follow the data, where the recipe asks for that."""
         if self.recipe.allocation not in DATA_ALLOCATIONS:
             return
-        if "densities" not in self.progress:
+        if self.found.densities is None:
             self.event(PhaseStarted("allocate"))
             batches = self.job.calibration_batches(self.accelerator.device)
             # Sums may differ in the last bit between processes; all must have one plan.
             found = [allocate(teacher, self.job.plan, batches, self.recipe, self.event)]
-            self.progress["densities"] = broadcast_object_list(found)[0]
+            self.found.densities = broadcast_object_list(found)[0]
             self._save_progress()
-        self.job = replace(self.job, plan=plan_for(self.job.source, self.recipe, self.progress["densities"]))
+        self.job = replace(self.job, plan=plan_for(self.job.source, self.recipe, self.found.densities))
 
     def _start(self, teacher: nn.Module, student: nn.Module) -> dict[str, LayerStart]:
         path = self.folder.state / "start.pt"
@@ -279,16 +292,15 @@ class _Run:
 
     def _measured(self, phase: str, model: nn.Module, reference: nn.Module | None) -> EvalResult:
         """Evaluate once per run: what an earlier session measured is taken from the progress file."""
-        found = self.progress.setdefault("metrics", {})
-        if phase not in found:
+        if phase not in self.found.metrics:
             self.event(PhaseStarted(f"evaluate {phase}"))
             needs_reference = self.job.source.task == "encoder"
             result = self._evaluate(model, model if needs_reference and reference is None else reference)
-            found[phase] = result.to_json()
+            self.found.metrics[phase] = result
             steps = 0 if phase in ("dense", "initial") else self.recipe.training.steps
             self.event(Evaluated(steps, result.metric_name, result.value, phase))
             self._save_progress()
-        return EvalResult(**found[phase])
+        return self.found.metrics[phase]
 
     def _result(
         self,
@@ -344,8 +356,8 @@ class _Run:
         return any(e["event"] == "PhaseStarted" and e["phase"] == phase for e in self.folder.events())
 
     def _save_progress(self) -> None:
-        self.progress["seconds"] = time.perf_counter() - self.began
-        self.folder.save_progress(self.progress)
+        self.found.seconds = time.perf_counter() - self.began
+        self.folder.save_progress(asdict(self.found))
 
 
 def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:

@@ -406,6 +406,28 @@ def test_damaged_figures_stop_an_export(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"metric": []}, "metric should be an object"),
+        ({"metric": {"name": "perplexity", "dense": 1.0, "initial": 2.0, "final": "3"}}, "metric.final should be a"),
+        ({"dense_bytes": "many"}, "dense_bytes should be a valid integer"),
+        ({"packed_bytes": 0}, "packed_bytes should be greater than 0"),
+        ({"structure": "diagonal"}, "structure should be 'diag'"),
+        ({"kl_to_dense": [0.1]}, "kl_to_dense should be a valid number"),
+    ],
+)
+def test_figures_of_a_wrong_type_stop_an_export(
+    padst: Padst, sparsified: Callable[..., Path], tmp_path: Path, wrong: dict[str, object], words: str
+) -> None:
+    shutil.copytree(sparsified("diag"), tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | wrong))
+    said = padst.error("export", tmp_path / "run", "--output", tmp_path / "out")
+    assert f"has a damaged results.json ({words}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_needs_no_other_figures(padst: Padst, sparsified: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(sparsified("diag"), tmp_path / "run")
     results = tmp_path / "run" / "results.json"

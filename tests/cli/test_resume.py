@@ -154,6 +154,28 @@ def test_a_damaged_start_is_said_and_can_be_removed(
     assert start.is_file(), "calibrated anew"
 
 
+def test_progress_of_a_wrong_type_is_said(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(gpt2, train_text, heldout_text, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "initialise", stop)
+        assert padst(*command).exit_code == 130
+    progress = tmp_path / "run" / "state" / "progress.json"
+    found = json.loads(progress.read_text())
+    for wrong, words in (
+        ({"seconds": "a minute"}, "seconds should be a valid number"),
+        ({"metrics": []}, "metrics should be an object"),
+        ({"metrics": {"dense": {**found["metrics"]["dense"], "value": "4"}}}, "metrics.dense.value should be a valid"),
+        ({"metrics": {"dense": {"value": 4.0}}}, "it lacks metrics.dense.metric_name"),
+        ({"densities": {"h.0": 1.5}}, "densities.h.0 should be less than or equal to 1"),
+    ):
+        progress.write_text(json.dumps(found | wrong))
+        said = padst.error(*command, "--resume")
+        assert f"'{progress}' is damaged ({words}" in said
+        assert "start it anew with --overwrite" in said
+
+
 def test_a_stop_before_the_folder_is_begun_leaves_nothing(
     padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
