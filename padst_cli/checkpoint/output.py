@@ -7,7 +7,7 @@ from pathlib import Path
 
 from padst_cli.checkpoint.format import QUANT_METHOD
 from padst_cli.checkpoint.run_folder import LOG, PROGRESS, RECIPE, RESULTS, STATE, RunFolder
-from padst_cli.checkpoint.writer import check_vacant, is_vacant
+from padst_cli.checkpoint.writer import check_place, check_vacant, is_vacant
 from padst_cli.errors import PadstError
 
 _OF_A_RUN = (RESULTS, LOG, f"{STATE}/{PROGRESS}")
@@ -18,12 +18,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
     Loses nothing and makes nothing.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise PadstError(f"output {str(path)!a} is not UTF-8 text; name another folder with --output") from None
-    if path.exists() and not path.is_dir():
-        raise PadstError(f"output '{path}' is a file; name a folder with --output")
+    check_place(path)
     if not overwrite:
         check_vacant(path, "--resume goes on with the unfinished run in it, " if RunFolder(path).is_unfinished else "")
     elif not is_vacant(path) and not is_own(path):

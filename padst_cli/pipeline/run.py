@@ -7,8 +7,10 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from pydantic import Field
 from torch import nn
 
+from padst_cli.checkpoint.lock import at_work, check_idle
 from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
@@ -93,14 +96,16 @@ def sparsify(
     """Make a pretrained checkpoint sparse after `recipe` and write the result to the folder `output`.
 
     With `resume` an unfinished run in `output` goes on from its last saved state and ends with the same weights as an
-    uninterrupted one; what `recipe` states must be what that run was started with. Raises `PadstError` for bad input
-    before anything is written, `Interrupted` for a stop (SIGINT, SIGTERM) of a run that can be resumed.
+    uninterrupted one; what `recipe` states must be what that run was started with. Raises `PadstError` for bad input,
+    and where another process is at work in `output`, before anything is written; `Interrupted` for a stop (SIGINT,
+    SIGTERM) of a run that can be resumed.
     """
     recipe = recipe.updated({"model": model})
     if resume:
         recipe = recipe_to_resume(Path(output), recipe)
     accelerator = make_accelerator(device, recipe.dtype)
     folder = RunFolder(Path(output), main=accelerator.is_main_process)
+    check_idle(folder.path)
     if not resume:
         check_output(folder.path, overwrite=overwrite)
     # No process may create the folder before all have looked whether it is free.
@@ -115,18 +120,42 @@ def sparsify(
             _check_step(job, teacher)
         if not resume:
             _check_heldout(job, teacher)
-            folder.begin(job.recipe.to_yaml())
-            begun = True
-        else:
-            folder.mend_log()
-        accelerator.wait_for_everyone()
-        run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
-        return run.execute(teacher)
+        # Asked again, for another run may have come and gone meanwhile.
+        check = folder.check_resumable if resume else partial(check_output, folder.path, overwrite=overwrite)
+        with _at_work(folder, check):
+            if resume:
+                folder.mend_log()
+            else:
+                folder.begin(job.recipe.to_yaml())
+                begun = True
+            accelerator.wait_for_everyone()
+            run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
+            return run.execute(teacher)
     except (Interrupted, KeyboardInterrupt):
         if not begun:
             raise
         again = resume_command(model, folder.path, accelerator.num_processes)
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
+
+
+@contextmanager
+def _at_work(folder: RunFolder, check: Callable[[], None]) -> Iterator[None]:
+    """Keep other runs out of the folder while the block runs, once `check` passes there.
+
+    The main process does; where it raises `PadstError` all do, so that none waits for it.
+    """
+    refusal: PadstError | None = None
+    with ExitStack() as held:
+        if folder.main:
+            try:
+                held.enter_context(at_work(folder.path))
+                check()
+            except PadstError as error:
+                refusal = error
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 def _inputs_of(job: Job) -> dict[str, Path]:

@@ -10,7 +10,6 @@ cells/NAME/failure.json its last attempt failed
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from padst_cli.checkpoint.lock import holding
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.checkpoint.stored import Form, read_stored
-from padst_cli.checkpoint.writer import make_folder, write_atomically
+from padst_cli.checkpoint.writer import LOCK, check_place, make_folder, write_atomically
 from padst_cli.document import dotted
 from padst_cli.errors import PadstError
 from padst_cli.recipe import load_recipe
@@ -30,7 +30,6 @@ from padst_cli.study.figures import CellFigures, read_figures
 from padst_cli.study.recipe import StudyRecipe
 
 STUDY: Final = "study.yaml"
-LOCK: Final = ".lock"
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -145,21 +144,17 @@ def locked(output: Path) -> Iterator[int]:
     Runs that inherit the descriptor hold the lock as well, so that a study whose own process was killed is not started
     again beside the runs that it left. Raises `PadstError` where it is held, and where `output` holds something else.
     """
-    if output.exists() and not output.is_dir():
-        raise PadstError(f"output '{output}' is a file; name a folder with --output")
+    check_place(output)
     if not output.is_dir():
         make_folder(output, output)
     if {file.name for file in output.iterdir()} - {LOCK} and not (output / STUDY).is_file():
         raise PadstError(f"output '{output}' holds something other than a study; name another folder with --output")
-    with (output / LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PadstError(
-                f"the study in '{output}' is at work in another process (or a run of it that was left alone still is); "
-                "wait for it or stop it"
-            ) from None
-        yield file.fileno()
+    taken = (
+        f"the study in '{output}' is at work in another process (or a run of it that was left alone still is); "
+        "wait for it or stop it"
+    )
+    with holding(output, taken) as lock:
+        yield lock
 
 
 def _read(path: Path, form: type[Form]) -> Form | None:

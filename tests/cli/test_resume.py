@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from padst_cli import quickstart
+from padst_cli.checkpoint.run_folder import RunFolder
 from padst_cli.pipeline import exporting, run
 from tests.cli.conftest import Padst
 
@@ -88,6 +90,41 @@ def test_resumed_run_ends_with_the_same_weights(
     assert resumed.returncode == 0, errors
     assert (folder / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
     assert not (folder / "state").exists()
+
+
+def test_a_second_run_is_kept_out_of_the_folder_where_one_is_at_work(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, sparsified: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = arguments(gpt2, train_text, heldout_text, folder)
+    process = start(command)
+    wait_for_state(folder, process)
+    process.send_signal(signal.SIGSTOP)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    export = ("export", sparsified("diag"), "--output", folder)
+    for second in (command, [*command, "--resume"], [*command, "--overwrite"], export, [*export, "--overwrite"]):
+        said = padst.error(*second)
+        assert f"another process is at work in '{folder}'; wait for it or stop it, or name another folder" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    process.kill()
+    process.communicate(timeout=60)
+    assert "exists; --resume goes on" in padst.error(*command), "who is gone keeps nobody out"
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_overwritten(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    check_heldout = run._check_heldout
+
+    def check(*given: Any) -> None:
+        check_heldout(*given)
+        RunFolder(folder).begin("structure: nm\n")
+
+    monkeypatch.setattr(run, "_check_heldout", check)
+    said = padst.error(*arguments(gpt2, train_text, heldout_text, folder))
+    assert f"output '{folder}' exists; --resume goes on" in said
+    assert (folder / "recipe.yaml").read_text() == "structure: nm\n"
 
 
 def test_resume_refuses_another_recipe(
