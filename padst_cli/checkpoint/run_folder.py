@@ -96,16 +96,22 @@ class RunFolder:
                 handle.write(json.dumps(event.to_json()) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All logged events; a last line cut off by a kill is left out."""
+        """All logged events; a last line cut off by a kill is left out.
+
+        Raises `PadstError` for a line that is no event.
+        """
         path = self.path / LOG
         if not path.is_file():
             return []
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(event, dict) or "event" not in event:
+                raise PadstError(f"line {number} of '{path}' is not an event; remove it and go on as before")
+            events.append(event)
         return events
 
     def mend_log(self) -> None:
