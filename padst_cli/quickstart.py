@@ -13,6 +13,7 @@ import torch
 
 from padst_cli.assets import EMBEDDED_MODEL
 from padst_cli.bench import BenchResult, bench
+from padst_cli.checkpoint.lock import at_work
 from padst_cli.checkpoint.output import check_output
 from padst_cli.checkpoint.reader import load_dense, open_source
 from padst_cli.checkpoint.run_folder import REPORT
@@ -88,13 +89,18 @@ def quickstart(
     """Sparsify the embedded checkpoint, export it, load the export again, evaluate, generate and time it.
 
     Writes `output/sparse` (the trained folder with its report) and `output/packed` (the export). `changes` are
-    dotted keys laid over the recipe `quickstart` that comes with padst. Nothing is
-    downloaded. Raises `PadstError` for an output in the way and for a structure without a packed form, before any work.
+    dotted keys laid over the recipe `quickstart` that comes with padst. Nothing is downloaded. Raises `PadstError` for
+    an output in the way or at work in another process, and for a structure without a packed form, before any work.
     """
-    began = time.perf_counter()
     recipe = load_recipe(RECIPE).updated({**(changes or {}), "model": str(EMBEDDED_MODEL)})
     if recipe.structure == "unstructured":
         raise PadstError("quickstart ends in a packed export, which unstructured has none of; use diag, nm or block")
+    with at_work(output):
+        return _quickstart(output, recipe, overwrite, device, on_event)
+
+
+def _quickstart(output: Path, recipe: Recipe, overwrite: bool, device: str, on_event: OnEvent) -> QuickstartResult:
+    began = time.perf_counter()
     trained_folder, packed_folder = output / "sparse", output / "packed"
     check_output(packed_folder, overwrite=overwrite)
     heldout = python_source("heldout")

@@ -306,7 +306,10 @@ class Recipe(Document):
         if self.nm is None:
             return self
         if self.structure != "nm":
-            raise ValueError(f"nm {self.nm} belongs to structure 'nm', not to '{self.structure}'")
+            raise ValueError(
+                f"nm {self.nm} belongs to structure 'nm', not to '{self.structure}': take nm out of the recipe file or "
+                "the flags, or choose structure 'nm'"
+            )
         given = nm_sparsity(self.nm)
         if abs(given - self.sparsity) > _NM_TOLERANCE:
             raise ValueError(

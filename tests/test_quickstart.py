@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from padst_cli import quickstart as quick
 from padst_cli.bench import bench
+from padst_cli.checkpoint.lock import at_work
 from padst_cli.console import to_json
 from padst_cli.data.corpus import text_corpus
 from padst_cli.errors import PadstError
@@ -74,6 +75,12 @@ def test_what_it_names_is_there_and_loads(done: tuple[Any, ...]) -> None:
 def test_a_second_one_needs_overwrite(done: tuple[Any, ...]) -> None:
     with pytest.raises(PadstError, match="--overwrite"):
         quick.quickstart(done[2], changes=SMALL)
+
+
+def test_a_second_one_is_kept_out_while_the_first_is_at_work(tmp_path: Path) -> None:
+    with at_work(tmp_path / "out"), pytest.raises(PadstError, match="another process is at work in"):
+        quick.quickstart(tmp_path / "out", changes=SMALL, overwrite=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unstructured_is_refused_before_any_work(tmp_path: Path) -> None:

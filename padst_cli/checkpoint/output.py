@@ -7,6 +7,7 @@ from pathlib import Path
 
 from padst_cli.checkpoint.format import QUANT_METHOD
 from padst_cli.checkpoint.run_folder import LOG, PROGRESS, RECIPE, RESULTS, STATE, RunFolder
+from padst_cli.checkpoint.writer import check_place, check_vacant, is_vacant
 from padst_cli.errors import PadstError
 
 _OF_A_RUN = (RESULTS, LOG, f"{STATE}/{PROGRESS}")
@@ -17,18 +18,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
     Loses nothing and makes nothing.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise PadstError(f"output {str(path)!a} is not UTF-8 text; name another folder with --output") from None
-    if path.exists() and not path.is_dir():
-        raise PadstError(f"output '{path}' is a file; name a folder with --output")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
+    check_place(path)
     if not overwrite:
-        hint = "--resume goes on with the unfinished run in it, " if RunFolder(path).is_unfinished else ""
-        raise PadstError(f"output '{path}' exists; {hint}--overwrite replaces it, --output names another")
-    if not is_own(path):
+        check_vacant(path, "--resume goes on with the unfinished run in it, " if RunFolder(path).is_unfinished else "")
+    elif not is_vacant(path) and not is_own(path):
         raise PadstError(
             f"output '{path}' was not written by padst, so --overwrite leaves it alone; remove it yourself"
         )

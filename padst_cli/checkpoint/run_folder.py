@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from padst_cli.checkpoint.stored import read_stored
 from padst_cli.checkpoint.writer import empty_folder, make_folder, write_atomically
 from padst_cli.errors import PadstError
 from padst_cli.events import Event
@@ -23,6 +25,17 @@ LOG = "log.jsonl"
 REPORT = "report.html"
 RESULTS = "results.json"
 _TRAINING_EVENTS = ("Step", "SupportUpdated", "Hardened", "Saved", "Evaluated")
+
+
+@dataclass(frozen=True)
+class RunMetric:
+    """The metric of a run in its results: the dense model, the one fine-tuned as long, the start and the end."""
+
+    name: str
+    dense: float
+    initial: float
+    final: float
+    dense_finetuned: float | None = None
 
 
 class RunFolder:
@@ -63,19 +76,13 @@ class RunFolder:
             raise PadstError(f"the run in '{self.path}' is finished: nothing to resume")
         raise PadstError(f"there is no unfinished run in '{self.path}' to resume")
 
-    def load_progress(self) -> dict[str, Any]:
-        """What earlier sessions of this run found: metrics by phase, seconds, layer figures.
+    def load_progress(self, form: Any = dict[str, Any]) -> Any:
+        """What earlier sessions of this run found, as a `form` of `read_stored`.
 
         Raises `PadstError` where the file is damaged.
         """
         path = self.state / PROGRESS
-        try:
-            progress = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            progress = None
-        if not isinstance(progress, dict):
-            raise PadstError(f"'{path}' is damaged, so this run cannot go on; start it anew with --overwrite")
-        return progress
+        return read_stored(path, form, f"'{path}' is damaged", "this run cannot go on: start it anew with --overwrite")
 
     def save_progress(self, progress: dict[str, Any]) -> None:
         """Replace the progress file atomically."""
@@ -89,16 +96,22 @@ class RunFolder:
                 handle.write(json.dumps(event.to_json()) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All logged events; a last line cut off by a kill is left out."""
+        """All logged events; a last line cut off by a kill is left out.
+
+        Raises `PadstError` for a line that is no event.
+        """
         path = self.path / LOG
         if not path.is_file():
             return []
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(event, dict) or "event" not in event:
+                raise PadstError(f"line {number} of '{path}' is not an event; remove it and go on as before")
+            events.append(event)
         return events
 
     def mend_log(self) -> None:

@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from padst_cli.checkpoint.reader import quiet_transformers
 from padst_cli.errors import PadstError
+
+LOCK: Final = ".padst.lock"
+"""The file in an output folder whose lock says that a process is at work there (`padst_cli.checkpoint.lock`)."""
 
 _PROCESSOR_FILES = (
     "tokenizer*",
@@ -36,14 +39,16 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     replaced. Raises `PadstError` where something is at `path` that is not to be overwritten, or cannot be replaced.
     """
     path = path.resolve()
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise PadstError(f"output '{path}' exists; --overwrite replaces it, --output names another")
     _remove_leftovers(path)
+    if not overwrite:
+        check_vacant(path)
     temporary, old = _sibling(path, "writing"), _sibling(path, "replaced")
     make_folder(temporary, path)
     try:
         yield temporary
         _sync(temporary)
+        if not overwrite:
+            check_vacant(path)  # of what another process wrote meanwhile
         if path.exists():
             _set_aside(path, old)
         temporary.rename(path)
@@ -54,6 +59,27 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(output: Path) -> None:
+    """Raise `PadstError` where `output` cannot be a folder: its name cannot be written down, or is that of a file."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise PadstError(f"output {str(output)!a} is not UTF-8 text; name another folder with --output") from None
+    if output.exists() and not output.is_dir():
+        raise PadstError(f"output '{output}' is a file; name a folder with --output")
+
+
+def check_vacant(output: Path, hint: str = "") -> None:
+    """Raise `PadstError` where something is in the folder `output`; `hint` is another way out, told first."""
+    if not is_vacant(output):
+        raise PadstError(f"output '{output}' exists; {hint}--overwrite replaces it, --output names another")
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing is lost where `folder` is replaced: it is not there, or empty but for a lock."""
+    return not folder.is_dir() or all(child.name == LOCK for child in folder.iterdir())
 
 
 def make_folder(folder: Path, output: Path) -> None:
@@ -67,9 +93,11 @@ def make_folder(folder: Path, output: Path) -> None:
 def empty_folder(folder: Path, last: Sequence[str] = ()) -> None:
     """Remove all that is in a folder, the names `last` after the rest and in this order.
 
-    The folder stays: it may be a link, a mount point or the current one.
+    The folder stays: it may be a link, a mount point or the current one. So does its lock, which may be held.
     """
     for child in sorted(folder.iterdir(), key=lambda child: last.index(child.name) if child.name in last else -1):
+        if child.name == LOCK:
+            continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:

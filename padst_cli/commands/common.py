@@ -128,6 +128,19 @@ def _kernels_heard(heard: bool) -> Iterator[None]:
         log.setLevel(before)
 
 
+def comma_separated(text: str | None, kind: Callable[[str], Any], flag: str) -> list[Any] | None:
+    """The parts of a flag's value, each as a `kind`; None where the flag is not given.
+
+    Raises `PadstError` for a part that is no number where `kind` makes one.
+    """
+    if text is None:
+        return None
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise PadstError(f"{flag} '{text}' is not a list of numbers with commas between") from None
+
+
 # Typer has no public name for the error of a wrong command line, only for this kind of it.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 

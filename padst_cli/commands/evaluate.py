@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from padst_cli.commands.common import Common, Model, common_flags
+from padst_cli.commands.common import Common, Model, comma_separated, common_flags
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
@@ -31,9 +31,9 @@ def evaluate(
         Path | None, typer.Option("--include-path", help="Folder of further lm-eval tasks.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="At most this many lm-eval examples a task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows or images at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or images at once.")] = 8,
     max_samples: Annotated[
-        int | None, typer.Option("--max-samples", help="At most this many windows or images.")
+        int | None, typer.Option("--max-samples", min=1, help="At most this many windows or images.")
     ] = None,
     *,
     common: Common,
@@ -50,7 +50,7 @@ def evaluate(
                 context=context,
                 stride=stride,
                 compare=compare,
-                tasks=tasks.split(",") if tasks else None,
+                tasks=comma_separated(tasks, str, "--tasks"),
                 include_path=include_path,
                 limit=limit,
                 batch_size=batch_size,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from padst_cli.commands.common import Common, common_flags
+from padst_cli.commands.common import Common, comma_separated, common_flags
 from padst_cli.errors import Interrupted, PadstError
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def study(
 
         changes = {
             "models": _model(model, data, eval_data),
-            "structures": _list(structures, str, "--structures"),
-            "sparsities": _list(sparsities, float, "--sparsities"),
-            "permutations": _list(permutations, str, "--permutations"),
-            "controls": _list(controls, str, "--controls"),
-            "one_shot": _list("" if one_shot == "none" else one_shot, str, "--one-shot"),
-            "seeds": _list(seeds if seed is None else str(seed), int, "--seeds"),
+            "structures": comma_separated(structures, str, "--structures"),
+            "sparsities": comma_separated(sparsities, float, "--sparsities"),
+            "permutations": comma_separated(permutations, str, "--permutations"),
+            "controls": comma_separated(controls, str, "--controls"),
+            "one_shot": comma_separated("" if one_shot == "none" else one_shot, str, "--one-shot"),
+            "seeds": comma_separated(seeds if seed is None else str(seed), int, "--seeds"),
             "steps": steps,
             "jobs": jobs,
         }
@@ -81,7 +81,7 @@ def study(
         if seed is not None and seeds is not None:
             raise PadstError("--seed and --seeds say the same; give one of them")
         stated = {key: value for key, value in changes.items() if value is not None}
-        chosen = load_study(recipe, stated, dtype, _list(methods, str, "--methods"))
+        chosen = load_study(recipe, stated, dtype, comma_separated(methods, str, "--methods"))
         if dry_run:
             _show_cells(console, expand(chosen))
             return
@@ -124,15 +124,6 @@ def _model(model: str | None, data: str | None, eval_data: str | None) -> list[M
             raise PadstError("--data and --eval-data belong to --model; name the model, or write them into the recipe")
         return None
     return [{"model": model, "data": data, "eval_data": eval_data}]
-
-
-def _list(text: str | None, kind: Callable[[str], Any], flag: str) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise PadstError(f"{flag} '{text}' is not a list of numbers with commas between") from None
 
 
 def _show_cells(console: Console, cells: list[Cell]) -> None:

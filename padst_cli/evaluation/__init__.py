@@ -2,6 +2,6 @@
 
 from padst_cli.evaluation.evaluate import HIGHER_IS_BETTER, METRICS, evaluate_model
 from padst_cli.evaluation.result import EvalResult
-from padst_cli.evaluation.tasks import run_tasks
+from padst_cli.evaluation.tasks import check_tasks, run_tasks
 
-__all__ = ["HIGHER_IS_BETTER", "METRICS", "EvalResult", "evaluate_model", "run_tasks"]
+__all__ = ["HIGHER_IS_BETTER", "METRICS", "EvalResult", "check_tasks", "evaluate_model", "run_tasks"]

@@ -26,9 +26,10 @@ def run_tasks(
 
     Returns for each task its metrics as lm-eval names them (`acc`, `acc_stderr`, ...; a filter other than `none` is
     appended after a comma), `samples`, `num_fewshot` and `version`. `include_path` is a folder of further task
-    definitions, `limit` the most examples of a task. Raises `PadstError` where lm-eval is missing, a task is unknown
-    or its data cannot be had.
+    definitions, `limit` the most examples of a task. Raises `PadstError` as `check_tasks` does, and where lm-eval is
+    missing, a task is unknown or its data cannot be had.
     """
+    check_tasks(tasks, limit, include_path)
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -55,13 +56,21 @@ def run_tasks(
     return {name: _task(name, scores) for name in scores["results"]}
 
 
+def check_tasks(tasks: Sequence[str], limit: int | None = None, include_path: str | Path | None = None) -> None:
+    """Raise `PadstError` for what can be told without a model: no task named, no example of it, no such folder."""
+    if not tasks:
+        raise PadstError("--tasks names no task; give lm-eval task names, comma separated")
+    if limit is not None and limit < 1:
+        raise PadstError(f"--limit {limit} leaves no example of a task; give 1 or more")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise PadstError(f"--include-path '{include_path}' is no folder of lm-eval task definitions")
+
+
 def _manager(make: Callable[..., Any], tasks: Sequence[str], include_path: str | Path | None) -> Any:
     """lm-eval's index of tasks; its own thousands, slow to read, only where the folder does not suffice."""
     if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise PadstError(f"--include-path '{include_path}' is no folder of lm-eval task definitions")
         own = make(include_path=str(include_path), include_defaults=False)
-        if tasks and set(tasks) <= set(own.all_subtasks):
+        if set(tasks) <= set(own.all_subtasks):
             return own
     manager = make(include_path=None if include_path is None else str(include_path))
     _check_names(tasks, manager.all_tasks)
@@ -69,8 +78,6 @@ def _manager(make: Callable[..., Any], tasks: Sequence[str], include_path: str |
 
 
 def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
-    if not tasks:
-        raise PadstError("--tasks names no task; give lm-eval task names, comma separated")
     for name in tasks:
         if name not in known and not Path(name).is_file():
             raise PadstError(

@@ -40,8 +40,9 @@ def allocate(
 ) -> dict[str, float]:
     """The density of every planned layer by name, after `recipe.allocation` ("owl" or "error").
 
-    `plan` is that of a uniform density. With "error", layers without one (no calibration input, zero weights) keep it.
-    Raises `PadstError` where `--nm` leaves nothing to split, and as `initialise` does.
+    `plan` is that of a uniform density. Layers of which the data say nothing (no calibration input, zero weights) keep
+    it, and the others share what is left. Raises `PadstError` where `--nm` leaves nothing to split, and as `initialise`
+    does.
     """
     if recipe.nm is not None:
         raise PadstError(f"--allocation {recipe.allocation} needs freedom: leave out --nm {recipe.nm}")
@@ -92,27 +93,32 @@ def _by_outliers(
     seen: Iterator[tuple[LayerPlan, InputStatistics]],
     density: float,
 ) -> dict[str, float]:
+    """Densities of the layers that have an entry |W| |x| other than zero; the rest cannot have outliers, nor say what
+    a mean is.
+    """
     scores: dict[str, list[Tensor]] = {}
     shares: dict[str, float] = {}
+    blocks: dict[str, str] = {}
     last = ""
     for layer, statistics in seen:
-        block = find_block(model, layer.name) or layer.name
+        score = dense_layer(model, layer).weight.float().abs() * statistics.gram.diagonal().sqrt()
+        if not bool(score.any()):
+            continue
+        block = blocks[layer.name] = find_block(model, layer.name) or layer.name
         if last not in ("", block):
             shares[last] = outlier_share(scores.pop(last))
         last = block
-        norms = statistics.gram.diagonal().sqrt()
-        scores.setdefault(block, []).append(dense_layer(model, layer).weight.float().abs() * norms)
+        scores.setdefault(block, []).append(score)
     shares |= {block: outlier_share(parts) for block, parts in scores.items()}
-    blocks = {name: find_block(model, name) or name for name in layers}
     sizes = dict.fromkeys(shares, 0)
     for name, block in blocks.items():
         sizes[block] += layers[name].out_features * layers[name].in_features
-    shifts = bounded_shifts(shares, sizes, min(SPREAD, density / 2, (1.0 - density) / 2))
+    shifts = bounded_shifts(shares, sizes, min(SPREAD, density / 2, (1.0 - density) / 2)) if shares else {}
     return {name: density + shifts[block] for name, block in blocks.items()}
 
 
 def outlier_share(scores: Sequence[Tensor]) -> float:
-    """The share of entries above `OUTLIER` times the mean of all tensors together; 0 where no input was seen."""
+    """The share of entries above `OUTLIER` times the mean of all tensors together."""
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
     return sum(int((score > OUTLIER * mean).sum()) for score in scores) / count

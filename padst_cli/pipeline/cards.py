@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
 from yaml import YAMLError
 
 from padst_cli.checkpoint.model_card import CardData, CardForm, model_card
-from padst_cli.checkpoint.reader import Source
-from padst_cli.checkpoint.run_folder import RECIPE, RESULTS
+from padst_cli.checkpoint.reader import Source, Task
+from padst_cli.checkpoint.run_folder import RECIPE, RESULTS, RunMetric
+from padst_cli.checkpoint.stored import read_stored
 from padst_cli.checkpoint.writer import write_atomically
 from padst_cli.errors import PadstError
-from padst_cli.recipe import load_recipe
+from padst_cli.recipe import StructureName, load_recipe
 
 CARD = "README.md"
-FIGURES = frozenset(
-    {
-        *("command", "train_data", "eval_data", "eval_digest", "environment"),
-        *("task", "structure", "layers", "metric", "permutations", "dense_bytes", "packed_bytes"),
-        *("sparsity_requested", "sparsity_achieved", "whole_model_density"),
-        *("steps", "seconds", "tokens_or_images_seen"),
-    }
-)
-"""What a card cannot be written without, of the figures that a run leaves behind."""
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What a card is written from, of the figures that a run leaves behind (`SparsifyResult` says what they are)."""
+
+    command: str
+    train_data: str
+    eval_data: str
+    eval_digest: str
+    environment: dict[str, str]
+    task: Task
+    structure: StructureName
+    layers: int
+    metric: RunMetric
+    permutations: dict[str, int]
+    dense_bytes: PositiveInt
+    packed_bytes: PositiveInt
+    sparsity_requested: float
+    sparsity_achieved: float
+    whole_model_density: float
+    steps: int
+    seconds: float
+    tokens_or_images_seen: int
+    kl_to_dense: float | None = None
+
+
+FIGURES = frozenset(each.name for each in fields(RunFigures) if each.default is MISSING)
+"""Those that a card cannot be written without."""
 
 
 def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe_yaml: str) -> None:
@@ -33,20 +55,15 @@ def write_run_card(source: Source, folder: Path, results: dict[str, Any], recipe
     write_atomically(folder / CARD, model_card(_card_data(source, results, recipe_yaml, "training", None)))
 
 
-def run_results(trained: Source) -> dict[str, Any]:
+def run_results(trained: Source) -> RunFigures:
     """The figures that `sparsify` left in a folder; raises `PadstError` for damaged ones, or where a file is gone."""
     for name in (RECIPE, RESULTS):
         if not (trained.folder / name).is_file():
             raise PadstError(
                 f"'{trained.name}' lacks {name}, which `padst sparsify` writes; export the folder that it wrote"
             )
-    try:
-        results = json.loads((trained.folder / RESULTS).read_text(encoding="utf-8"))
-    except ValueError:
-        results = None
-    if not isinstance(results, dict) or not results.keys() >= FIGURES:
-        raise PadstError(f"'{trained.name}' has a damaged {RESULTS}; take back the one that `padst sparsify` wrote")
-    return results
+    complaint, advice = f"'{trained.name}' has a damaged {RESULTS}", "take back the one that `padst sparsify` wrote"
+    return read_stored(trained.folder / RESULTS, RunFigures, complaint, advice)
 
 
 def write_export_card(trained: Source, folder: Path, exported: dict[str, Any], form: str) -> None:
@@ -54,7 +71,7 @@ def write_export_card(trained: Source, folder: Path, exported: dict[str, Any], f
 
     Raises `PadstError` as `run_results` does.
     """
-    results = run_results(trained)
+    results = asdict(run_results(trained))
     recipe_yaml = (trained.folder / RECIPE).read_text(encoding="utf-8")
     for name in (RECIPE, RESULTS):
         shutil.copyfile(trained.folder / name, folder / name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_cli.checkpoint.format import VALUE_DTYPES
+from padst_cli.checkpoint.lock import at_work, check_idle
 from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
@@ -69,25 +70,26 @@ def export(
     """Write the model in `folder` to `output` for others to load, open it again and compare.
 
     `value_dtype` is that of packed values, `dtype` that of everything else (default: as stored). Raises `PadstError`
-    for a folder that is not padst's, an unstructured model in packed form, and an output in the way; `CheckFailed`
-    where the copy computes something else.
+    for a folder that is not padst's, an unstructured model in packed form, and an output in the way or at work in
+    another process; `CheckFailed` where the copy computes something else.
     """
     output = Path(output)
     _check_arguments(form, value_dtype, dtype, max_shard_size)
+    check_idle(output)
     check_output(output, overwrite=overwrite)
     source = open_source(str(folder))
     check_apart(output, {"model": source.folder})
     if source.padst is None:
         raise PadstError(f"'{folder}' is not a folder that `padst sparsify` wrote; export starts from one")
     # Of the model that the run began with: one whose head was untied has an embedding more by now.
-    dense_parameters = run_results(source)["dense_bytes"] // torch.float32.itemsize
+    dense_parameters = run_results(source).dense_bytes // torch.float32.itemsize
     on_event(PhaseStarted("read the trained model"))
     trained = load(str(folder), device=device)
     batch, checked_on = _real_input(source, trained.processor, data, trained.device)
     reference = densify(trained.model)
     on_event(PhaseStarted("write and check"))
     model = _converted(trained.model, form, value_dtype, dtype)
-    with atomic_folder(output, overwrite=overwrite) as temporary:
+    with at_work(output), atomic_folder(output, overwrite=overwrite) as temporary:
         write_model(model, temporary, max_shard_size=max_shard_size)
         copy_processor_files(source.folder, temporary)
         result = _verify(temporary, output, reference, batch, checked_on, form, value_dtype, device, dense_parameters)

@@ -13,7 +13,7 @@ from padst_cli.checkpoint.reader import Source, load_dense, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
 from padst_cli.errors import PadstError
-from padst_cli.evaluation import EvalResult, evaluate_model, run_tasks
+from padst_cli.evaluation import EvalResult, check_tasks, evaluate_model, run_tasks
 from padst_cli.events import OnEvent, PhaseStarted, ignore
 from padst_cli.recipe import load_recipe
 from padst_cli.runtime.load import Loaded, load
@@ -73,8 +73,10 @@ def evaluate(
 
     With `compare` the other model is measured on the same data; if it is the dense one, the divergence from it is
     filled in. A sparse encoder without a head is compared with its dense base model, which its recipe names. `tasks`
-    are lm-eval tasks.
+    are lm-eval tasks. Raises `PadstError` for a list of them that cannot be run before anything is read.
     """
+    if tasks is not None:
+        check_tasks(tasks, limit, include_path)
     set_seed(seed)
     loaded = load(model, device=device, dtype=dtype)
     corpus = _corpus(loaded.source, data)
@@ -98,7 +100,7 @@ def evaluate(
         )
 
     scores = None
-    if tasks:
+    if tasks is not None:
         # First, because a misspelt task name should not cost an evaluation.
         on_event(PhaseStarted("lm-eval"))
         scores = run_tasks(

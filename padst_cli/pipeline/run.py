@@ -7,16 +7,20 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from pydantic import Field
 from torch import nn
 
+from padst_cli.checkpoint.lock import at_work, check_idle
 from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
@@ -38,6 +42,18 @@ from padst_cli.training.state import StateStore
 from padst_cli.training.swap import sparsify_modules
 from padst_cli.training.trainer import make_accelerator, rows_of_pass, train
 from padst_cli.tying import untie
+
+
+@dataclass
+class _Found:
+    """What the sessions of a run have found so far: its progress file.
+
+    Evaluations by phase, densities by layer where the data decide them, and the seconds that it took.
+    """
+
+    seconds: float = 0.0
+    metrics: dict[str, EvalResult] = field(default_factory=dict)
+    densities: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +96,16 @@ def sparsify(
     """Make a pretrained checkpoint sparse after `recipe` and write the result to the folder `output`.
 
     With `resume` an unfinished run in `output` goes on from its last saved state and ends with the same weights as an
-    uninterrupted one; what `recipe` states must be what that run was started with. Raises `PadstError` for bad input
-    before anything is written, `Interrupted` for a stop (SIGINT, SIGTERM) of a run that can be resumed.
+    uninterrupted one; what `recipe` states must be what that run was started with. Raises `PadstError` for bad input,
+    and where another process is at work in `output`, before anything is written; `Interrupted` for a stop (SIGINT,
+    SIGTERM) of a run that can be resumed.
     """
     recipe = recipe.updated({"model": model})
     if resume:
         recipe = recipe_to_resume(Path(output), recipe)
     accelerator = make_accelerator(device, recipe.dtype)
     folder = RunFolder(Path(output), main=accelerator.is_main_process)
+    check_idle(folder.path)
     if not resume:
         check_output(folder.path, overwrite=overwrite)
     # No process may create the folder before all have looked whether it is free.
@@ -102,18 +120,42 @@ def sparsify(
             _check_step(job, teacher)
         if not resume:
             _check_heldout(job, teacher)
-            folder.begin(job.recipe.to_yaml())
-            begun = True
-        else:
-            folder.mend_log()
-        accelerator.wait_for_everyone()
-        run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
-        return run.execute(teacher)
+        # Asked again, for another run may have come and gone meanwhile.
+        check = folder.check_resumable if resume else partial(check_output, folder.path, overwrite=overwrite)
+        with _at_work(folder, check):
+            if resume:
+                folder.mend_log()
+            else:
+                folder.begin(job.recipe.to_yaml())
+                begun = True
+            accelerator.wait_for_everyone()
+            run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
+            return run.execute(teacher)
     except (Interrupted, KeyboardInterrupt):
         if not begun:
             raise
         again = resume_command(model, folder.path, accelerator.num_processes)
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
+
+
+@contextmanager
+def _at_work(folder: RunFolder, check: Callable[[], None]) -> Iterator[None]:
+    """Keep other runs out of the folder while the block runs, once `check` passes there.
+
+    The main process does; where it raises `PadstError` all do, so that none waits for it.
+    """
+    refusal: PadstError | None = None
+    with ExitStack() as held:
+        if folder.main:
+            try:
+                held.enter_context(at_work(folder.path))
+                check()
+            except PadstError as error:
+                refusal = error
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 def _inputs_of(job: Job) -> dict[str, Path]:
@@ -173,8 +215,8 @@ class _Run:
         self.accelerator = accelerator
         self.listener = listener
         self.command = command
-        self.progress = folder.load_progress()
-        self.began = time.perf_counter() - self.progress.get("seconds", 0.0)
+        self.found: _Found = folder.load_progress(_Found)
+        self.began = time.perf_counter() - self.found.seconds
 
     def execute(self, teacher: nn.Module) -> SparsifyResult:
         set_seed(self.recipe.seed)
@@ -188,7 +230,7 @@ class _Run:
         sparsify_modules(student, starts, self.job.plan, self.recipe, teacher)
         trained = self._train(student, teacher, control=False)
         if not trained.steps:  # the model is the one that was measured before
-            self.progress["metrics"]["final"] = self.progress["metrics"]["initial"]
+            self.found.metrics["final"] = initial
         final = self._measured("final", student, teacher)
         control = self._dense_control(teacher)
         result = self._result(dense, initial, final, control, trained)
@@ -201,14 +243,14 @@ class _Run:
         """Make the plan anew with densities that follow the data, where the recipe asks for that."""
         if self.recipe.allocation not in DATA_ALLOCATIONS:
             return
-        if "densities" not in self.progress:
+        if self.found.densities is None:
             self.event(PhaseStarted("allocate"))
             batches = self.job.calibration_batches(self.accelerator.device)
             # Sums may differ in the last bit between processes; all must have one plan.
             found = [allocate(teacher, self.job.plan, batches, self.recipe, self.event)]
-            self.progress["densities"] = broadcast_object_list(found)[0]
+            self.found.densities = broadcast_object_list(found)[0]
             self._save_progress()
-        self.job = replace(self.job, plan=plan_for(self.job.source, self.recipe, self.progress["densities"]))
+        self.job = replace(self.job, plan=plan_for(self.job.source, self.recipe, self.found.densities))
 
     def _start(self, teacher: nn.Module, student: nn.Module) -> dict[str, LayerStart]:
         path = self.folder.state / "start.pt"
@@ -279,16 +321,15 @@ class _Run:
 
     def _measured(self, phase: str, model: nn.Module, reference: nn.Module | None) -> EvalResult:
         """Evaluate once per run: what an earlier session measured is taken from the progress file."""
-        found = self.progress.setdefault("metrics", {})
-        if phase not in found:
+        if phase not in self.found.metrics:
             self.event(PhaseStarted(f"evaluate {phase}"))
             needs_reference = self.job.source.task == "encoder"
             result = self._evaluate(model, model if needs_reference and reference is None else reference)
-            found[phase] = result.to_json()
+            self.found.metrics[phase] = result
             steps = 0 if phase in ("dense", "initial") else self.recipe.training.steps
             self.event(Evaluated(steps, result.metric_name, result.value, phase))
             self._save_progress()
-        return EvalResult(**found[phase])
+        return self.found.metrics[phase]
 
     def _result(
         self,
@@ -344,8 +385,8 @@ class _Run:
         return any(e["event"] == "PhaseStarted" and e["phase"] == phase for e in self.folder.events())
 
     def _save_progress(self) -> None:
-        self.progress["seconds"] = time.perf_counter() - self.began
-        self.folder.save_progress(self.progress)
+        self.found.seconds = time.perf_counter() - self.began
+        self.folder.save_progress(asdict(self.found))
 
 
 def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:

@@ -15,6 +15,7 @@ from padst_cli.errors import PadstError
 from padst_cli.events import Message, OnEvent, PhaseStarted, ignore
 from padst_cli.recipe import Recipe
 from padst_cli.runtime.describe import Description, describe
+from padst_cli.runtime.generate import check_request
 from padst_cli.runtime.generate import generate as generate_text
 from padst_cli.runtime.load import load, resolve_device, resolve_dtype
 from padst_cli.runtime.quantizer import kernels_of
@@ -44,7 +45,11 @@ def generate(
     dtype: str | None = None,
     seed: int = 0,
 ) -> GenerateResult:
-    """Go on from `prompt` with a dense or sparse causal LM; raises `PadstError` for models that generate no text."""
+    """Go on from `prompt` with a dense or sparse causal LM.
+
+    Raises `PadstError` for what no model can answer before the model is read, and for models that generate no text.
+    """
+    check_request(prompt, max_new_tokens, temperature)
     loaded = load(model, device=device, dtype=dtype, fused=True)
     said = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return GenerateResult(

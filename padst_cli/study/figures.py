@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from padst_cli.checkpoint.run_folder import RESULTS, RunFolder
+from padst_cli.checkpoint.run_folder import RESULTS, RunFolder, RunMetric
+from padst_cli.checkpoint.stored import read_stored
 from padst_cli.study.cells import Cell
 
 
@@ -63,10 +63,46 @@ def score_of(metric: str, value: float) -> float:
     return math.log(value) if metric.endswith("perplexity") else value
 
 
+@dataclass(frozen=True)
+class _Environment:
+    """What is kept of the environment of a run."""
+
+    hardware: str
+
+
+@dataclass(frozen=True)
+class _Permutations:
+    """What is kept of the counts of permutations."""
+
+    learned: int
+    moved_from_start: int
+    moved_in_training: int | None = None
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What is kept of the results of a run (`SparsifyResult` says what they are)."""
+
+    sparsity_achieved: float
+    task: str
+    metric: RunMetric
+    kl_to_dense: float | None
+    dense_finetuned_kl_to_dense: float | None
+    steps: int
+    seconds: float
+    permutations: _Permutations
+    eval_data: str
+    eval_digest: str
+    environment: _Environment
+
+
 def read_figures(cell: Cell, run: Path, peak_bytes: int | None) -> CellFigures:
-    """The figures of the finished run of `cell` in the folder `run`."""
-    results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    metric, permutations = results["metric"], results["permutations"]
+    """The figures of the finished run of `cell` in the folder `run`; raises `PadstError` for damaged results."""
+    path = run / RESULTS
+    advice = f"remove '{run}' and start the study again, which then runs this cell anew"
+    results = read_stored(path, _Results, f"'{path}' is damaged", advice)
+    metric, permutations = results.metric, results.permutations
+    in_training = permutations.moved_in_training
     steps = [event for event in RunFolder(run).events() if event["event"] == "Step"]
     own = [step for step in steps if not step["control"]]
     control = [step for step in steps if step["control"]]
@@ -76,26 +112,26 @@ def read_figures(cell: Cell, run: Path, peak_bytes: int | None) -> CellFigures:
         method=cell.method,
         sparsity=cell.sparsity,
         seed=cell.seed,
-        sparsity_achieved=results["sparsity_achieved"],
-        task=results["task"],
-        metric=metric["name"],
-        final=metric["final"],
-        initial=metric["initial"],
-        dense=metric["dense"],
-        kl_to_dense=results["kl_to_dense"],
-        dense_finetuned=metric["dense_finetuned"],
-        dense_finetuned_kl_to_dense=results["dense_finetuned_kl_to_dense"],
-        steps=results["steps"],
-        seconds=results["seconds"] - (control[-1]["seconds"] if control else 0.0),
+        sparsity_achieved=results.sparsity_achieved,
+        task=results.task,
+        metric=metric.name,
+        final=metric.final,
+        initial=metric.initial,
+        dense=metric.dense,
+        kl_to_dense=results.kl_to_dense,
+        dense_finetuned=metric.dense_finetuned,
+        dense_finetuned_kl_to_dense=results.dense_finetuned_kl_to_dense,
+        steps=results.steps,
+        seconds=results.seconds - (control[-1]["seconds"] if control else 0.0),
         step_seconds=_mean_step(own),
         soft_step_seconds=_mean_step([step for step in own if step["hardened"] < step["layers"]]),
         peak_bytes=peak_bytes,
-        learned=permutations["learned"],
-        moved=permutations["moved_from_start"],
-        moved_in_training=permutations.get("moved_in_training", permutations["moved_from_start"]),
-        eval_data=results["eval_data"],
-        eval_digest=results["eval_digest"],
-        hardware=results["environment"]["hardware"],
+        learned=permutations.learned,
+        moved=permutations.moved_from_start,
+        moved_in_training=permutations.moved_from_start if in_training is None else in_training,
+        eval_data=results.eval_data,
+        eval_digest=results.eval_digest,
+        hardware=results.environment.hardware,
     )
 
 

@@ -10,17 +10,18 @@ cells/NAME/failure.json its last attempt failed
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from padst_cli.checkpoint.lock import holding
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
-from padst_cli.checkpoint.writer import make_folder, write_atomically
+from padst_cli.checkpoint.stored import Form, read_stored
+from padst_cli.checkpoint.writer import LOCK, check_place, make_folder, write_atomically
 from padst_cli.document import dotted
 from padst_cli.errors import PadstError
 from padst_cli.recipe import load_recipe
@@ -29,8 +30,21 @@ from padst_cli.study.figures import CellFigures, read_figures
 from padst_cli.study.recipe import StudyRecipe
 
 STUDY: Final = "study.yaml"
-LOCK: Final = ".lock"
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What failure.json holds: the sentence with which the last attempt failed."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """What peak.json holds: the most memory that any process of the cell had."""
+
+    bytes: int
 
 
 class CellFolder:
@@ -54,13 +68,12 @@ class CellFolder:
 
     def figures(self) -> CellFigures | None:
         """The figures of a done cell, None of any other."""
-        found = _read(self._figures)
-        return None if found is None else CellFigures(**found)
+        return _read(self._figures, CellFigures)
 
     def failure(self) -> str | None:
         """The sentence with which the last attempt failed, None where it did not."""
-        found = _read(self._failure)
-        return None if found is None else str(found["error"])
+        found = _read(self._failure, _Failure)
+        return None if found is None else found.error
 
     def check(self) -> None:
         """Raise `PadstError` where what lies here, finished or not, was run with another recipe."""
@@ -84,7 +97,8 @@ class CellFolder:
 
     def saw_peak(self, peak_bytes: int) -> None:
         """Keep the most memory that any process of this cell had."""
-        write_atomically(self._peak, json.dumps({"bytes": max(peak_bytes, self._peak_bytes() or 0)}))
+        peak = _Peak(max(peak_bytes, self._peak_bytes() or 0))
+        write_atomically(self._peak, json.dumps(asdict(peak)))
 
     def settle(self, keep_weights: bool) -> bool:
         """Take the figures of a run that is whole; False where there is none."""
@@ -102,11 +116,11 @@ class CellFolder:
 
     def fail(self, sentence: str) -> None:
         """Record why the run failed."""
-        write_atomically(self._failure, json.dumps({"error": sentence}))
+        write_atomically(self._failure, json.dumps(asdict(_Failure(sentence))))
 
     def _peak_bytes(self) -> int | None:
-        found = _read(self._peak)
-        return None if found is None else int(found["bytes"])
+        found = _read(self._peak, _Peak)
+        return None if found is None else found.bytes
 
 
 def open_cells(output: Path, study: StudyRecipe, cells: list[Cell], overwrite: bool) -> list[CellFolder]:
@@ -130,22 +144,20 @@ def locked(output: Path) -> Iterator[int]:
     Runs that inherit the descriptor hold the lock as well, so that a study whose own process was killed is not started
     again beside the runs that it left. Raises `PadstError` where it is held, and where `output` holds something else.
     """
-    if output.exists() and not output.is_dir():
-        raise PadstError(f"output '{output}' is a file; name a folder with --output")
+    check_place(output)
     if not output.is_dir():
         make_folder(output, output)
     if {file.name for file in output.iterdir()} - {LOCK} and not (output / STUDY).is_file():
         raise PadstError(f"output '{output}' holds something other than a study; name another folder with --output")
-    with (output / LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PadstError(
-                f"the study in '{output}' is at work in another process (or a run of it that was left alone still is); "
-                "wait for it or stop it"
-            ) from None
-        yield file.fileno()
+    taken = (
+        f"the study in '{output}' is at work in another process (or a run of it that was left alone still is); "
+        "wait for it or stop it"
+    )
+    with holding(output, taken) as lock:
+        yield lock
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read(path: Path, form: type[Form]) -> Form | None:
+    if not path.is_file():
+        return None
+    return read_stored(path, form, f"'{path}' is damaged", "remove it and start the study again")

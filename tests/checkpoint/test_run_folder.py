@@ -71,6 +71,19 @@ def test_a_line_cut_off_by_a_kill_does_not_spoil_what_follows(tmp_path: Path) ->
     assert [event["phase"] for event in folder.events()] == ["calibrate", "train"]
 
 
+@pytest.mark.parametrize("line", [b"5", b"[]", b'{"step": 3}'])
+def test_a_line_that_is_no_event_is_said(tmp_path: Path, line: bytes) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin("structure: diag\n")
+    folder.log(PhaseStarted("train", 30))
+    with (folder.path / "log.jsonl").open("ab") as log:
+        log.write(line + b"\n")
+    with pytest.raises(PadstError, match=r"line 2 of '.*log\.jsonl' is not an event; remove it"):
+        folder.mend_log()
+    (folder.path / "log.jsonl").write_bytes(b'{"event": "Saved"}\n\xff\xfe')
+    assert folder.events() == [{"event": "Saved"}]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "null"])
 def test_a_damaged_progress_file_is_said(tmp_path: Path, content: str) -> None:
     folder = RunFolder(tmp_path / "out")

@@ -58,6 +58,14 @@ def test_an_existing_model_needs_overwrite(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(PadstError, match="exists; --overwrite replaces it"), atomic_folder(target):
+        a_model(target)
+    assert sorted(entry.name for entry in target.iterdir()) == ["config.json", "old.txt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_link_leads_to_is_replaced(tmp_path):
     target = a_model(tmp_path / "disk" / "out")
     (tmp_path / "link").symlink_to(target)

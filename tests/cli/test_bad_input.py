@@ -120,6 +120,42 @@ def test_a_prompt_that_is_not_utf8(padst: Padst, gpt2: Path) -> None:
     assert "the prompt is not UTF-8 text" in padst.error("generate", gpt2, "--prompt", "caf\udce9")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", "inf"), "the temperature must be a finite number of 0 or more, not inf"),
+        (("--temperature", "nan"), "temperature"),
+        (("--temperature", "-1"), "temperature"),
+        (("--prompt", ""), "the prompt is empty"),
+    ],
+)
+def test_what_no_model_can_answer_is_refused_before_one_is_read(
+    padst: Padst, tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    said = padst.error("generate", tmp_path / "no-model", "--prompt", "the", *flags)
+    assert words in said
+    assert "no-model" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tasks", ","), "--tasks names no task"),
+        (("--tasks", ""), "--tasks names no task"),
+        (("--tasks", "arc_easy", "--limit", "0"), "--limit 0 leaves no example"),
+        (("--tasks", "arc_easy", "--include-path", "nowhere"), "--include-path 'nowhere' is no folder"),
+        (("--batch-size", "0"), "'--batch-size'"),
+        (("--max-samples", "0"), "'--max-samples'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_read(
+    padst: Padst, tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    said = padst.error("eval", tmp_path / "no-model", *flags)
+    assert words in said
+    assert "no-model" not in said
+
+
 def test_a_tokenizer_of_another_model(
     run: Callable[..., str], padst: Padst, train_text: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -322,6 +358,14 @@ def test_misspelt_recipe_key_names_the_nearest(run: Callable[..., str], tmp_path
     assert "'sparsity'" in run(recipe=recipe)
 
 
+def test_a_structure_over_a_recipe_that_names_nm_says_the_way_out(run: Callable[..., str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text('structure: nm\nnm: "2:4"\n')
+    said = run(recipe=recipe, structure="diag")
+    assert "nm 2:4 belongs to structure 'nm', not to 'diag': take nm out of the recipe file" in said
+    assert "or choose structure 'nm'" in said
+
+
 def test_nothing_to_resume(padst: Padst, gpt2: Path, sparsified: Callable[..., Path], tmp_path: Path) -> None:
     assert "no unfinished run" in padst.error("sparsify", gpt2, "--output", tmp_path / "none", "--resume")
     assert "finished" in padst.error("sparsify", gpt2, "--output", sparsified("diag"), "--resume")
@@ -359,6 +403,28 @@ def test_damaged_figures_stop_an_export(
     (tmp_path / "run" / "results.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     said = padst.error("export", tmp_path / "run", "--output", tmp_path / "out")
     assert "has a damaged results.json" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"metric": []}, "metric should be an object"),
+        ({"metric": {"name": "perplexity", "dense": 1.0, "initial": 2.0, "final": "3"}}, "metric.final should be a"),
+        ({"dense_bytes": "many"}, "dense_bytes should be a valid integer"),
+        ({"packed_bytes": 0}, "packed_bytes should be greater than 0"),
+        ({"structure": "diagonal"}, "structure should be 'diag'"),
+        ({"kl_to_dense": [0.1]}, "kl_to_dense should be a valid number"),
+    ],
+)
+def test_figures_of_a_wrong_type_stop_an_export(
+    padst: Padst, sparsified: Callable[..., Path], tmp_path: Path, wrong: dict[str, object], words: str
+) -> None:
+    shutil.copytree(sparsified("diag"), tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | wrong))
+    said = padst.error("export", tmp_path / "run", "--output", tmp_path / "out")
+    assert f"has a damaged results.json ({words}" in said
     assert not (tmp_path / "out").exists()
 
 

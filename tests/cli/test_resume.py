@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from padst_cli import quickstart
+from padst_cli.checkpoint.run_folder import RunFolder
 from padst_cli.pipeline import exporting, run
 from tests.cli.conftest import Padst
 
@@ -90,6 +92,41 @@ def test_resumed_run_ends_with_the_same_weights(
     assert not (folder / "state").exists()
 
 
+def test_a_second_run_is_kept_out_of_the_folder_where_one_is_at_work(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, sparsified: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = arguments(gpt2, train_text, heldout_text, folder)
+    process = start(command)
+    wait_for_state(folder, process)
+    process.send_signal(signal.SIGSTOP)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    export = ("export", sparsified("diag"), "--output", folder)
+    for second in (command, [*command, "--resume"], [*command, "--overwrite"], export, [*export, "--overwrite"]):
+        said = padst.error(*second)
+        assert f"another process is at work in '{folder}'; wait for it or stop it, or name another folder" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    process.kill()
+    process.communicate(timeout=60)
+    assert "exists; --resume goes on" in padst.error(*command), "who is gone keeps nobody out"
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_overwritten(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    check_heldout = run._check_heldout
+
+    def check(*given: Any) -> None:
+        check_heldout(*given)
+        RunFolder(folder).begin("structure: nm\n")
+
+    monkeypatch.setattr(run, "_check_heldout", check)
+    said = padst.error(*arguments(gpt2, train_text, heldout_text, folder))
+    assert f"output '{folder}' exists; --resume goes on" in said
+    assert (folder / "recipe.yaml").read_text() == "structure: nm\n"
+
+
 def test_resume_refuses_another_recipe(
     padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +189,28 @@ def test_a_damaged_start_is_said_and_can_be_removed(
         patched.setattr(run, "sparsify_modules", stop)
         assert padst(*command, "--resume").exit_code == 130
     assert start.is_file(), "calibrated anew"
+
+
+def test_progress_of_a_wrong_type_is_said(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(gpt2, train_text, heldout_text, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "initialise", stop)
+        assert padst(*command).exit_code == 130
+    progress = tmp_path / "run" / "state" / "progress.json"
+    found = json.loads(progress.read_text())
+    for wrong, words in (
+        ({"seconds": "a minute"}, "seconds should be a valid number"),
+        ({"metrics": []}, "metrics should be an object"),
+        ({"metrics": {"dense": {**found["metrics"]["dense"], "value": "4"}}}, "metrics.dense.value should be a valid"),
+        ({"metrics": {"dense": {"value": 4.0}}}, "it lacks metrics.dense.metric_name"),
+        ({"densities": {"h.0": 1.5}}, "densities.h.0 should be less than or equal to 1"),
+    ):
+        progress.write_text(json.dumps(found | wrong))
+        said = padst.error(*command, "--resume")
+        assert f"'{progress}' is damaged ({words}" in said
+        assert "start it anew with --overwrite" in said
 
 
 def test_a_stop_before_the_folder_is_begun_leaves_nothing(

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from padst_cli.errors import PadstError
 from padst_cli.events import Message, ignore
@@ -129,22 +130,37 @@ def test_error_allocation_lowers_the_summed_error(make_model, make_batches):
     assert sum(interpolated(name) for name in layers) < at_uniform
 
 
-def test_a_layer_without_an_error_keeps_its_density_and_misleads_no_other(make_model, make_batches):
+@pytest.mark.parametrize("allocation", ["owl", "error"])
+def test_a_layer_that_says_nothing_keeps_its_density_and_misleads_no_other(allocation, make_model, make_batches):
     model, batches = make_model("llama"), make_batches("llama")
-    recipe = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "none", "allocation": "error"})
+    model.model.layers[1].mlp.idle_proj = nn.Linear(32, 48)  # an expert that no calibration token was sent to
+    recipe = Recipe(structure="diag", sparsity=0.6).updated({"permutation.kind": "none", "allocation": allocation})
     plan = make_plan(model, recipe)
-    dead = {plan.layers[0].name, plan.layers[-1].name}
+    idle = "model.layers.1.mlp.idle_proj"
+    dead = {plan.layers[0].name, idle, plan.layers[-1].name}
     with torch.no_grad():
         for name in dead:
             model.get_submodule(name).weight.zero_()
     densities = allocate(model, plan, batches, recipe, ignore)
-    assert [densities[name] for name in dead] == pytest.approx([0.4, 0.4])
+    assert [densities[name] for name in dead] == pytest.approx([0.4, 0.4, 0.4])
+    assert len({round(density, 6) for density in densities.values()}) > 2
     assert budget(plan, densities) == pytest.approx(0.4, abs=1e-6)
     # Without them the others get the same: they were told nothing by what they cannot be compared with.
     others = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name not in dead))
     assert allocate(model, others, batches, recipe, ignore) == pytest.approx(
         {name: density for name, density in densities.items() if name not in dead}
     )
+
+
+def test_where_no_layer_says_anything_all_keep_their_density(make_model, make_batches):
+    model, batches = make_model("llama"), make_batches("llama")
+    recipe = Recipe(structure="diag", sparsity=0.6, allocation="owl")
+    plan = make_plan(model, recipe)
+    with torch.no_grad():
+        for layer in plan.layers:
+            model.get_submodule(layer.name).weight.zero_()
+    found = allocate(model, plan, batches, recipe, ignore)
+    assert found == pytest.approx({layer.name: 0.4 for layer in plan.layers})
 
 
 def test_a_fixed_nm_leaves_nothing_to_split(make_model, make_batches):

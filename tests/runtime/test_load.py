@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -99,8 +100,10 @@ def test_generate(packed_folder, folders):
     ):
         with pytest.raises(PadstError, match=message):
             generate(loaded, *bad)
-    with pytest.raises(PadstError, match="temperature"):
-        generate(loaded, "w1", 1, temperature=-1.0)
+    for temperature in (-1.0, math.inf, math.nan):
+        with pytest.raises(PadstError, match=f"temperature must be a finite number of 0 or more, not {temperature}"):
+            generate(loaded, "w1", 1, temperature=temperature)
+    assert generate(loaded, "w5 w6", 8, temperature=1e-40).text == result.text, "colder than logits can be divided by"
     with pytest.raises(PadstError, match="without a tokenizer"):
         generate(load(str(folders("gpt2"))), "w1")
     with pytest.raises(PadstError, match="image-classification"):

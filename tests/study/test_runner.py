@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 import time
@@ -199,6 +200,31 @@ def test_a_run_that_ended_after_the_study_was_killed_is_taken_as_it_is(bench: Be
     (bench.output / "cells" / CELLS[2] / "figures.json").unlink()
     assert bench.run().cells == before.cells
     assert bench.calls == []
+
+
+@pytest.mark.parametrize(
+    ("file", "wrong", "words"),
+    [
+        ("run/results.json", {"metric": []}, "metric should be an object"),
+        ("run/results.json", {"seconds": "9"}, "seconds should be a valid number"),
+        ("run/results.json", {"environment": {}}, "it lacks environment.hardware"),
+        ("run/results.json", None, "it is not there"),
+        ("figures.json", {"final": "20"}, "final should be a valid number"),
+        ("peak.json", {"bytes": None}, "bytes should be a valid integer"),
+    ],
+)
+def test_figures_of_a_wrong_type_are_said(bench: Bench, file: str, wrong: dict[str, Any] | None, words: str) -> None:
+    bench.run()
+    cell = bench.output / "cells" / CELLS[0]
+    if file != "figures.json":
+        (cell / "figures.json").unlink()  # as where a study was stopped before it had taken them
+    path = cell / file
+    if wrong is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(PadstError, match=f"'{re.escape(str(path))}' is damaged \\({words}\\); remove"):
+        bench.run()
 
 
 def test_another_recipe_is_refused_until_all_is_dropped(bench: Bench) -> None:
