@@ -43,7 +43,7 @@ def read(kind: str, key: Key, parse: Callable[[Any], Found]) -> Found | None:
         return parse(raw[kind]) if raw["key"] == key else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         _log.warning("%s cannot be used (%s)", path, error)
         return None
 

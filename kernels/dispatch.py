@@ -156,6 +156,11 @@ def select(layout: Layout, tokens: int, dtype: torch.dtype) -> Kernel:
     name = _stored_name(layout, device, tokens, dtype)
     kernel = layout.prepared.get(name)
     if kernel is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a packed layer makes what its kernels need at its first call, which a CUDA graph cannot hold: call "
+                "the model once before capturing it, with as many tokens"
+            )
         kernel = layout.prepared[name] = _KERNELS[name](layout)
     return kernel
 

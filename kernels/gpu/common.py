@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.library import wrap_triton
 
@@ -59,15 +60,23 @@ def limit_of(tokens: int, *limits: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: in full, or as TensorFloat-32 where torch's own switch for products allows it."""
-    if dtype is torch.float32 and torch.version.hip is None and torch.get_float32_matmul_precision() != "highest":
+    """How float32 is multiplied: in full, or as TensorFloat-32 where torch's own switch for products allows it.
+
+    Its older form, `torch.set_float32_matmul_precision`, cannot be read once the newer one is set, which follows both.
+    """
+    if dtype is torch.float32 and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def direct(x: Tensor) -> bool:
-    """Whether x is at hand, with its memory: not while a graph is traced."""
-    return not is_compiling() and type(x) is Tensor
+    """Whether x is at hand, with its memory and nobody looking: not while a graph is traced, nor in forward mode."""
+    return (
+        type(x) is Tensor
+        and not is_compiling()
+        and forward_ad._current_level < 0
+        and not (x.is_neg() or torch._C._len_torch_dispatch_stack())
+    )
 
 
 def launcher(kernel: Any, x: Tensor) -> Any:

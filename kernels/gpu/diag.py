@@ -120,13 +120,15 @@ def spans_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
 def classes_of(offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """The diagonals by class: their numbers and their offsets, int32 `[2, CLASSES, longest class]`.
 
-    Short classes are filled up with an offset that meets no row. offsets int32 `[K]`.
+    Short classes are filled up with an offset of theirs that meets no row. offsets int32 `[K]`.
     """
     kinds, order = torch.sort(offsets % CLASSES, stable=True)
     counts = torch.bincount(kinds, minlength=CLASSES)
     longest = triton.cdiv(int(counts.max()), _PADDED) * _PADDED
     table = torch.zeros((2, CLASSES, longest), dtype=torch.int32, device=offsets.device)
-    table[1] = 2 * max(out_features, in_features)
+    # Behind what the last program's rows could meet, and of the class, whose places are promised to be aligned.
+    behind = 2 * (max(out_features, in_features) + ROWS)
+    table[1] = behind - behind % CLASSES + torch.arange(CLASSES, device=offsets.device)[:, None]
     place = torch.arange(len(offsets), device=offsets.device) - (counts.cumsum(0) - counts)[kinds]
     table[0, kinds, place] = order.to(torch.int32)
     table[1, kinds, place] = offsets[order]

@@ -107,7 +107,7 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
         tokens = x.numel() // x.shape[-1]
         if tokens == 0:
             return y
-        x = x.contiguous()
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         later: Tensor | None = None
         if store is not None and pays(tokens * out_features):
             bias = None if bias is None else bias.index_select(0, store)
@@ -167,6 +167,9 @@ def _differentiable(product: CustomOpDef, gradient: CustomOpDef) -> None:
 
 def _through(activation: str, dy: Tensor, z: Tensor) -> Tensor:
     """dy times the derivative of an activation at z."""
+    if activation == "silu" and torch.is_grad_enabled():  # for second derivatives, which torch's own lacks
+        gate = torch.sigmoid(z.float())
+        return (dy.float() * gate * (1.0 + z.float() * (1.0 - gate))).to(dy.dtype)
     if activation == "silu":
         return torch.ops.aten.silu_backward(dy, z)
     return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")

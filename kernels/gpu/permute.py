@@ -96,8 +96,9 @@ def side_by_side(x: Tensor, index: Tensor | None, tile: int) -> Tensor:
     """
     width = x.shape[-1]
     tokens = x.numel() // width
-    y = x.new_empty((triton.cdiv(tokens, tile), width, tile))
-    launcher(side_kernel, x)[(triton.cdiv(width, COLUMNS) * len(y),)](
+    tiles = triton.cdiv(tokens, tile)  # and not len(y), which would be one number for all graphs
+    y = x.new_empty((tiles, width, tile))
+    launcher(side_kernel, x)[(triton.cdiv(width, COLUMNS) * tiles,)](
         x=x, index=x if index is None else index, y=y, tokens=tokens, width=width,
         TILE=tile, COLUMNS=COLUMNS, PERMUTED=index is not None, num_warps=4,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Forward and backward of a sparse layer in training on Triton kernels: nothing dense but where it is asked for.
 
 y = (S x[..., perm_in])[..., perm_out] + b, whose support stays while the values change with every step. The support is
-packed once, into places in the dense weight; a step takes the values from there, once, in the dtype it computes in.
+packed once, into places in the dense weight; every product takes the values from there in the dtype it computes in, and
+keeps them for its gradients.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class TritonTraining:
         self._places = torch.where(outside, mask.numel(), operands.values - 1)
         self._outside = outside if bool(outside.any()) else None
         self._sources = self._places if self._outside is None else self._places.clamp(max=mask.numel() - 1)
-        self._loaded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def fits(self, mask: Tensor, perm_in: Tensor | None, perm_out: Tensor | None) -> bool:
         """Whether this kernel was made for these very tensors, none of which was changed since."""
@@ -68,9 +68,16 @@ class TritonTraining:
         )
         return result
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The packed values of `weight` `[out, in]` as it is now, in `dtype`, which the methods below take.
+
+        Taken anew for every product: whether a weight was changed in between cannot be told of all ways to do so.
+        """
+        values = weight.detach().take(self._sources).to(dtype)
+        return values if self._outside is None else values.masked_fill_(self._outside, 0.0)
+
+    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The product without a record for gradients."""
-        values = self._values(weight, x.dtype)
         y: Tensor = self._product(
             x, bias, values, self._index, self._perm_in, self._store, self.shape[0], self._parameters, False, ""
         )
@@ -80,35 +87,24 @@ class TritonTraining:
         """dy `[..., out]` in the coordinates of S, which both gradients below take it in."""
         return dy if self._store is None or dy.numel() == 0 else permute(dy.contiguous(), self._store)
 
-    def input_gradient(self, dz: Tensor, weight: Tensor) -> Tensor:
+    def input_gradient(self, dz: Tensor, values: Tensor) -> Tensor:
         """dx `[..., in]` for dz `[..., out]`, as `structured` gives it."""
-        values = self._values(weight, dz.dtype)
         dx: Tensor = self._product(
             dz, None, values, self._index, None, self._perm_in, self.shape[1], self._parameters, True, ""
         )
         return dx
 
-    def weight_gradient(self, x: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the weight `[out, in]`, zero outside the support; dz as `structured` gives it."""
-        values = self._values(weight, x.dtype)
+    def weight_gradient(self, x: Tensor, dz: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of the weight `[out, in]` in `dtype`, zero outside the support; dz as `structured` gives it."""
         found = self._gradient(x, dz, values, self._index, self._perm_in, None, self._parameters)
-        dense = torch.zeros(self.shape.numel() + 1, dtype=weight.dtype, device=weight.device)
-        dense.scatter_(0, self._places.flatten(), found.flatten().to(weight.dtype))
+        dense = torch.zeros(self.shape.numel() + 1, dtype=dtype, device=values.device)
+        dense.scatter_(0, self._places.flatten(), found.flatten().to(dtype))
         return dense[:-1].view(self.shape)
 
-    def dense_weight_gradient(self, x: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
-        """The gradient that a dense weight `[out, in]` in the coordinates of S would have, for dz of `structured`."""
+    def dense_weight_gradient(self, x: Tensor, dz: Tensor, _: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient that a dense weight `[out, in]` in the coordinates of S would have; as `weight_gradient`."""
         u = x if self._perm_in is None else permute(x.contiguous(), self._perm_in)
-        return (rows_of(dz).T @ rows_of(u)).to(weight.dtype)
-
-    def _values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        state = (weight.data_ptr(), weight._version, dtype)
-        if self._loaded is None or self._loaded[0] != state:
-            values = weight.detach().take(self._sources).to(dtype)
-            if self._outside is not None:
-                values.masked_fill_(self._outside, 0.0)
-            self._loaded = (state, values)
-        return self._loaded[1]
+        return (rows_of(dz).T @ rows_of(u)).to(dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -116,21 +112,23 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernel: TritonTraining, dense_gradient: bool
     ) -> Tensor:
-        ctx.kernel, ctx.dense_gradient = kernel, dense_gradient
-        ctx.save_for_backward(x, weight)
-        return kernel.forward(x, weight, bias)
+        values = kernel.values(weight, x.dtype)
+        ctx.kernel, ctx.dense_gradient, ctx.dtype = kernel, dense_gradient, weight.dtype
+        ctx.save_for_backward(x, values)
+        return kernel.forward(x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         kernel: TritonTraining = ctx.kernel
-        x, weight = ctx.saved_tensors
+        x, values = ctx.saved_tensors
         dx = dw = db = None
         dz = kernel.structured(dy)
         if ctx.needs_input_grad[0]:
-            dx = kernel.input_gradient(dz, weight)
+            dx = kernel.input_gradient(dz, values)
         if ctx.needs_input_grad[1]:
-            dw = (kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient)(x, dz, weight)
+            gradient = kernel.dense_weight_gradient if ctx.dense_gradient else kernel.weight_gradient
+            dw = gradient(x, dz, values, ctx.dtype)
         if ctx.needs_input_grad[2]:
             db = rows_of(dy).sum(dim=0)
         return dx, dw, db, None, None

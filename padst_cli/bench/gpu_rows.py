@@ -186,7 +186,7 @@ def _layer(variant: str, tokens: int, setting: Setting) -> Figures:
     return Figures(pair.dense * 1e6, pair.sparse * 1e6, "us", pair.dense / pair.sparse, kernel, _notes(stopwatch))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # the layers of all rows together are small, and made on the CPU
 def _linear(variant: str, setting: Setting) -> PackedLinear:
     structure, options = _VARIANTS[variant]
     density = 0.5 if options.nm == (2, 4) else 1 - SPARSITY

@@ -33,11 +33,17 @@ def test_another_key_has_another_file():
     assert cache.read("speeds", other, dict) is None
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"speeds": {}}', "\x00\x01"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"speeds": {}}', "\x00\x01", "[" * 100_000])
 def test_a_damaged_file_counts_as_missing_and_is_said(damage, caplog):
     cache.write("speeds", KEY, {"a": 1})
     cache.file_of("speeds", KEY).write_text(damage)
     assert cache.read("speeds", KEY, dict) is None
+    assert "cannot be used" in caplog.text
+
+
+def test_a_figure_that_no_number_holds_counts_as_damage(caplog):
+    cache.write("speeds", KEY, 10**400)
+    assert cache.read("speeds", KEY, float) is None
     assert "cannot be used" in caplog.text
 
 

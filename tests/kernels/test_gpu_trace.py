@@ -30,22 +30,29 @@ def on_triton(monkeypatch):
     torch._dynamo.reset()
 
 
-def graphs_of(layer, x):
-    """The graphs that a compiler is handed for the layer, forward and backward; zeros stand for what they return."""
+def recorded(layer, graphs, dynamic=None):
+    """The layer compiled into graphs that are added to a list, forward and backward; zeros are what they return."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
-
-    graphs = []
 
     def record(module, _):
         graphs.append(module.graph)
         results = [None if node is None else node.meta["val"] for node in module.graph.output_node().args[0]]
         return make_boxed_func(
-            lambda *_: [None if each is None else torch.zeros(each.shape, dtype=each.dtype) for each in results]
+            lambda *_: [
+                None if each is None else torch.zeros([int(size) for size in each.shape], dtype=each.dtype)
+                for each in results
+            ]
         )
 
-    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
-    y = compiled(x)
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    return torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def graphs_of(layer, x):
+    """The graphs that a compiler is handed for the layer."""
+    graphs = []
+    y = recorded(layer, graphs)(x)
     if x.requires_grad:
         y.sum().backward()
     return graphs
@@ -112,6 +119,61 @@ def test_exported_as_one_operator_for_any_number_of_tokens(structure):
     shape = calls[0].meta["val"].shape
     assert isinstance(shape[0], torch.SymInt)
     assert shape[1] == 48
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_any_number_of_tokens_takes_a_few_graphs(monkeypatch, structure):
+    from padst_kernels.gpu import permute
+
+    monkeypatch.setattr(permute, "WORTH", 0)
+    layer = make(structure)[0].eval()
+    graphs = []
+    with torch.no_grad():
+        compiled = recorded(layer, graphs, dynamic=True)
+        for tokens in range(20, 240, 20):
+            compiled(torch.randn(tokens, 80))
+    assert len(graphs) <= 4
+
+
+def test_the_operator_is_gone_through_where_somebody_looks():
+    """Else a kernel works on memory that is not what the tensor stands for, or goes unrecorded."""
+    pytest.importorskip("triton")
+    from padst_kernels.gpu.common import direct
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            del types
+            return function(*arguments, **(keywords or {}))
+
+    x = torch.randn(3)
+    assert direct(x)
+    assert not direct(nn.Parameter(x))
+    assert not direct(torch._neg_view(x))
+    with Mode():
+        assert not direct(x)
+    with forward_ad.dual_level():
+        assert not direct(x)
+    assert direct(x)
+
+
+def test_float32_is_multiplied_as_either_of_torch_s_switches_says():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from padst_kernels.gpu.common import precision
+found = [precision(torch.float32)]
+for setting in ("high", "highest"):
+    torch.set_float32_matmul_precision(setting)
+    found.append(precision(torch.float32))
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+print(*found, precision(torch.float32), precision(torch.bfloat16))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee"], done.stderr
 
 
 def test_without_triton_the_cpu_works_and_a_gpu_takes_torch_s_product():

@@ -265,6 +265,19 @@ def test_a_layer_on_a_gpu_without_figures_says_so_once(make_case, monkeypatch, c
     assert caplog.text.count("--calibrate") == 1
 
 
+def test_nothing_is_made_while_a_graph_is_captured(make_case, monkeypatch):
+    layout = make_case("diag", 64, 48, 0.1, "i", BF16).layout
+    layout.tensors = {**layout.tensors, "values": _OnGpu(layout.tensors["values"])}
+    monkeypatch.setattr(dispatch, "_KERNELS", {TRITON["diag"]: lambda _: "made"})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the model once before capturing it"):
+        select(layout, 1, BF16)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert select(layout, 1, BF16) == "made"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert select(layout, 1, BF16) == "made"
+
+
 def test_before_tracing_all_paths_are_made(make_case, monkeypatch):
     layout = make_case("diag", 64, 48, 0.2, "i", BF16).layout
     layout.tensors = {**layout.tensors, "values": _OnGpu(layout.tensors["values"])}
