@@ -17,23 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
+from .common import MANY, Config, epilogue, launcher, limit_of, parts_of, permuted, precision, write
 
 
-def space(tokens: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    """How a product may be cut, the default first: the larger the tile of tokens, the rarer a weight is unpacked."""
-    return _space(limit_of(tokens, 16, 64), dtype)
+def space(tokens: int, dtype: torch.dtype, n: int) -> tuple[Config, ...]:
+    """How a product may be cut for groups of `n` values, the default first.
+
+    The larger the tile of tokens, the rarer a weight is unpacked; the more values in a group, the more registers that
+    takes.
+    """
+    return _space(limit_of(tokens, 16, 64), dtype, limit_of(n, 4, 8))
 
 
 @functools.cache
-def _space(most: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def _space(most: int, dtype: torch.dtype, values: int) -> tuple[Config, ...]:
     tiles: tuple[tuple[int, ...], ...]
     if dtype is torch.float32:
         tiles = ((32, 64, 16, 4, 2), (32, 32, 16, 4, 2))
+    elif most == 16 and values != 4:
+        tiles = ((16, 16, 64, 4, 2), (16, 16, 32, 4, 2))
     elif most == 16:
         tiles = ((16, 16, 128, 4, 2), (16, 32, 64, 8, 2), (16, 16, 64, 2, 2))
+    elif values == MANY or (most == 64 and values != 4):
+        tiles = ((64, 32, 32, 8, 2), (64, 16, 32, 4, 2))
     elif most == 64:
         tiles = ((64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 32, 64, 4, 2))
+    elif values != 4:
+        tiles = ((64, 64, 32, 8, 2), (128, 32, 32, 8, 2))
     else:  # every permuted input of a tile has an address of its own: larger ones would not fit the registers
         tiles = ((128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 4, 2))
     return tuple(
@@ -153,7 +163,7 @@ def launch(
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
     name = "nm tiles transposed" if transposed else "nm tiles"
-    cut = tuning.tuned(name, space(tokens, x.dtype), tokens, x, values, out_features)
+    cut = tuning.tuned(name, space(tokens, x.dtype, group["N"]), tokens, x, values, out_features)
     launcher(tile_kernel, x)[(triton.cdiv(out_features, cut.ROWS) * triton.cdiv(tokens, cut.TILE),)](
         x=x, values=values, indices=indices, y=y, tokens=tokens, out_features=out_features, in_features=in_features,
         slots=values.shape[1] * values.shape[2], index_bytes=indices.shape[1], TRANSPOSED=transposed,

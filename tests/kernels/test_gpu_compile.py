@@ -96,13 +96,13 @@ def band_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Laun
 
 
 def nm_launches(dtype: torch.dtype, target: str, whole: bool) -> Iterator[Launch]:
-    for n, m in ((2, 4), (3, 15), (1, 20)):
+    for n, m in ((2, 4), (3, 15), (8, 16), (1, 20)):
         group = {"N": n, "M": m, "BITS": nm.index_bits(m)}
         for cut in cuts(nm.space, whole=whole):
             for minor in (False, True) if cut.TILE > 1 else (False,):
                 yield nm.nm_kernel, {"x": "?", "values": "?", "indices": "u8"}, {**group, "MINOR": minor}, cut
         for precision, transposed in product(precisions(dtype, target), (False, True)):
-            for cut in cuts(nm_tiles.space, dtype, whole=whole):
+            for cut in cuts(nm_tiles.space, dtype, n, whole=whole):
                 constants = {**group, "PRECISION": precision, "TRANSPOSED": transposed}
                 yield nm_tiles.tile_kernel, {"x": "?", "values": "?", "indices": "u8"}, constants, cut
             pointers = {"x": "?", "dy": "?", "indices": "u8", "found": "fp32"}
