@@ -19,6 +19,7 @@ FAMILIES = {
     "2:4": ("nm", {"nm": (2, 4)}),
     "1:10": ("nm", {"nm": (1, 10)}),
     "3:15": ("nm", {"nm": (3, 15)}),
+    "8:16": ("nm", {"nm": (8, 16)}),
     "1:20": ("nm", {"nm": (1, 20)}),
     "block 16": ("block", {"block_size": 16}),
     "block 32": ("block", {"block_size": 32, "block_rows": "free"}),
