@@ -96,7 +96,9 @@ class _Process:
 
     def __init__(self, command, lines, code):
         self.results, self.code, self.pid = Path(command[command.index("--results") + 1]), code, 0
-        self.results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"row": "c", "spee')
+        there = self.results.read_text()
+        new = [line for line in lines if line["row"] not in gpu_table._rows_of(there)]
+        self.results.write_text(there + "".join(json.dumps(line) + "\n" for line in new) + '{"row": "c", "spee')
 
     def wait(self, timeout=None):
         if self.code is None:
@@ -112,7 +114,8 @@ class _Process:
     [
         (0, {"a": {"speedup": 2}}),
         (None, {"a": {"speedup": 2}}),
-        (-11, {"a": {"speedup": 2}, "b": {"error": "its process ended with code -11"}}),
+        (1, {"a": {"speedup": 2}, "b": {"error": "its process ended with code 1"}}),
+        (-11, {"a": {"speedup": 2}, **{row: {"error": "its process ended with code -11"} for row in "bc"}}),
     ],
 )
 def test_what_a_process_measured_before_its_end_counts(monkeypatch, code, expected):
@@ -122,7 +125,48 @@ def test_what_a_process_measured_before_its_end_counts(monkeypatch, code, expect
     monkeypatch.setattr(gpu_table, "_end", ended.append)
     group = Group("g", 1, tuple(Row(name, None, None) for name in "abc"))
     assert gpu_table._run_group(group, given(), 5.0) == expected
-    assert len(ended) == 1
+    assert len(ended) == (2 if code == -11 else 1)
+
+
+def test_behind_a_row_that_loses_the_device_another_process_goes_on(monkeypatch):
+    calls, lost = [], []
+
+    def row(name):
+        def work(_):
+            calls.append(name)
+            if name == "b":
+                lost.append(name)
+                raise RuntimeError("CUDA error: misaligned address")
+            return Figures(2.0, 1.0, "us", 2.0, "a-kernel")
+
+        return Row(name, 2.0, work)
+
+    def run(command, _):
+        lost.clear()
+        try:
+            gpu_table.measure(group, CPU, Path(command[command.index("--results") + 1]))
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    group = Group("g", 1, tuple(map(row, "abc")))
+    monkeypatch.setattr(gpu_table, "is_lost", lambda _: bool(lost))
+    monkeypatch.setattr(gpu_table, "_run", run)
+    found = gpu_table._run_group(group, given(), 5.0)
+    assert calls == ["a", "b", "c"]
+    assert found["b"] == {"error": "RuntimeError: CUDA error: misaligned address"}
+    assert found["a"]["speedup"] == found["c"]["speedup"] == 2.0
+
+
+def test_a_device_is_lost_where_it_cannot_be_waited_for(monkeypatch):
+    def refused(_):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    assert not gpu_table.is_lost(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert not gpu_table.is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", refused)
+    assert gpu_table.is_lost(torch.device("cuda"))
 
 
 def test_what_a_group_does_not_use_those_after_it_may(monkeypatch):

@@ -1,7 +1,8 @@
 """The table of what padst is to reach on a GPU, in one command: `make bench-gpu`.
 
-Every group of rows runs in a process of its own, so that one that fails or takes too long costs its own rows only: they
-stand in the table with the error, or as not measured. What comes out is a section of BENCHMARKS.md, goals beside
+Every group of rows runs in a process of its own, so that one that takes too long costs its own rows only, and a row
+that kills its process or loses it the device costs itself only: another process goes on behind it. Such rows stand in
+the table with the error, or as not measured. What comes out is a section of BENCHMARKS.md, goals beside
 figures. Exit code 0 where every row was measured, else 1.
 """
 
@@ -28,6 +29,9 @@ from padst_cli.bench.gpu_rows import FULL, TINY, Group, Row, Setting, groups
 
 BUDGET = 465.0
 """Seconds for the whole table; less than eight minutes with what starts and ends."""
+
+LOST = 3
+"""The exit code of a group's process that has lost its device."""
 
 Found = Mapping[str, Mapping[str, Any]]
 """Row -> its figures, or its `error`."""
@@ -69,15 +73,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(group: Group, setting: Setting, results: Path) -> None:
-    """Measure the rows of a group one after the other, each written as a line of JSON as soon as it is there."""
+    """Measure the rows of a group one after the other, each written as a line of JSON as soon as it is there.
+
+    Rows that are there already are left out. Exits with `LOST` after a row that leaves no working device behind.
+    """
+    there = _rows_of(results.read_text(encoding="utf-8")) if results.exists() else {}
     for row in group.rows:
+        if row.name in there:
+            continue
         try:
             line: dict[str, Any] = asdict(row.measure(setting))
         except Exception as error:  # whatever it is, it belongs in the row's place
             traceback.print_exc()
             line = {"error": f"{type(error).__name__}: {_first_line(error)}"}
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"row": row.name, **line}) + "\n")
+        _write(results, row.name, line)
+        if "error" in line and is_lost(setting.device):
+            sys.exit(LOST)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU works no more for this process, as after an access that it refused."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _write(results: Path, name: str, line: Mapping[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"row": name, **line}) + "\n")
 
 
 def collect(table: Sequence[Group], given: argparse.Namespace) -> Iterator[Found]:
@@ -93,25 +119,39 @@ def collect(table: Sequence[Group], given: argparse.Namespace) -> Iterator[Found
 
 
 def _run_group(group: Group, given: argparse.Namespace, allowed: float) -> dict[str, dict[str, Any]]:
+    end = time.monotonic() + allowed  # which all processes of a machine count alike
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "rows.jsonl"
         results.touch()
-        deadline = time.monotonic() + allowed  # which all processes of a machine count alike
         command = [sys.executable, "-m", "padst_cli.bench.gpu_table", "--group", group.name, "--results", str(results)]
-        command += ["--device", given.device, "--dtype", given.dtype, "--deadline", str(deadline)]
-        process = subprocess.Popen(command + ["--tiny"] * given.tiny, stdout=sys.stderr, start_new_session=True)
-        try:
-            code = process.wait(timeout=allowed)
-        except subprocess.TimeoutExpired:
-            code = 0
-        finally:
-            _end(process)
-        found = _rows_of(results.read_text(encoding="utf-8"))
-    if code:  # it died, as of a signal: the row it was at is the one to blame
-        missing = next((row.name for row in group.rows if row.name not in found), None)
-        if missing:
-            found[missing] = {"error": f"its process ended with code {code}"}
+        command += ["--device", given.device, "--dtype", given.dtype, "--deadline", str(end)]
+        for _ in group.rows:  # each process ends with one of them at least
+            code = _run(command + ["--tiny"] * given.tiny, end)
+            found = _rows_of(results.read_text(encoding="utf-8"))
+            missing = [row.name for row in group.rows if row.name not in found]
+            if not (code and missing):
+                break
+            if code == LOST:
+                continue
+            # It died, as of a signal: the row it was at is the one to blame.
+            found[missing[0]] = {"error": f"its process ended with code {code}"}
+            if code > 0 or len(missing) == 1:  # an end of its own, which others would come to
+                break
+            results.write_text("", encoding="utf-8")  # whose last line may be torn
+            for name, line in found.items():
+                _write(results, name, line)
     return found
+
+
+def _run(command: Sequence[str], end: float) -> int:
+    """The exit code of a process, 0 where it is not done by `end` (seconds of `time.monotonic`) and is ended."""
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+    try:
+        return process.wait(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return 0
+    finally:
+        _end(process)
 
 
 def _rows_of(text: str) -> dict[str, dict[str, Any]]:
