@@ -96,7 +96,6 @@ def calibrate_training(
     `layers` has for every kind of layer, by its `paths.training_signature`, what makes its steps: for a number of
     tokens a step by each path, the dense one among them.
     """
-
     kinds = {name: Kind(device, partial(_training, make, device, tuner, timer)) for name, make in layers.items()}
     with torch.enable_grad():
         return _measure(kinds, tokens, deadline, on_measured)
