@@ -60,7 +60,7 @@ def rows_for(out_features: int, least: int) -> int:
 def _space(most: int, rows: int) -> tuple[Config, ...]:
     half = max(rows // 2, 16)
     cuts: tuple[tuple[int, int, int, int], ...]
-    cuts = (half, min(half // 2, 16), 8, 4), (rows, min(rows // 2, 16), 8, max(rows // 8, 4)), (half, 8, 8, 4)
+    cuts = (half, 8, 8, 4), (rows, max(rows // 4, 8), 8, max(rows // 8, 4))
     if most == 1:
         cuts = (rows, 64, 16, 8), (rows, 64, 8, 8), (half, 128, 32, 8), (half, 32, 8, 4)
     elif most != MANY and most <= 4:
