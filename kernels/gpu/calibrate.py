@@ -93,8 +93,8 @@ def calibrate_training(
 ) -> int:
     """As `calibrate`, for forward and backward passes of layers in training on `device`.
 
-    `layers` has for every kind of layer, by its `paths.training_signature`, what makes its steps: for a number of
-    tokens a step by each path, the dense one among them.
+    `layers` has for every kind of layer, by its signature in training (`paths.signature_of`), what makes its steps: for
+    a number of tokens a step by each path, the dense one among them.
     """
     kinds = {name: Kind(device, partial(_training, make, device, tuner, timer)) for name, make in layers.items()}
     with torch.enable_grad():

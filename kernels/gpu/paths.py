@@ -23,34 +23,25 @@ def signature(layout: Layout, dtype: torch.dtype) -> str:
     """What the speed of a layer depends on, besides its tokens; layers with about equally many values are alike."""
     values, shape = layout.tensors["values"], (layout.out_features, layout.in_features)
     kinds = (values.dtype, dtype)
-    return _signature(layout.structure, shape, layout.parameters, values.numel(), kinds, layout.permutations())
+    return signature_of(layout.structure, shape, layout.parameters, values.numel(), kinds, layout.permutations())
 
 
-def training_signature(
+def signature_of(
     structure: str,
     shape: tuple[int, int],
     parameters: Mapping[str, Any],
     entries: int,
     kinds: tuple[torch.dtype, torch.dtype],
     permutations: Iterable[str],
+    training: bool = False,
 ) -> str:
-    """As `signature`, of a layer in training: `entries` of `[out, in]` are on the support, `kinds` are the dtypes of
-    the weight and of the product, `permutations` the sides that are permuted, by name.
+    """`signature` of a layer by its parts: `entries` of `[out, in]` are stored (in training: on the support), `kinds`
+    are the dtypes of the values and of the product, `permutations` the sides that are permuted, by name.
     """
-    return f"training {_signature(structure, shape, parameters, entries, kinds, permutations)}"
-
-
-def _signature(
-    structure: str,
-    shape: tuple[int, int],
-    parameters: Mapping[str, Any],
-    entries: int,
-    kinds: tuple[torch.dtype, torch.dtype],
-    permutations: Iterable[str],
-) -> str:
     named = (f"{key}={parameters[key]}" for key in ("n", "m", "block_size", "band") if key in parameters)
     return " ".join(
         (
+            *(("training",) if training else ()),
             structure,
             f"{shape[0]}x{shape[1]}",
             *named,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from padst_kernels.gpu import rules as gpu
-from padst_kernels.gpu.paths import DENSE, fastest_by_tokens, training_signature
+from padst_kernels.gpu.paths import DENSE, fastest_by_tokens, signature_of
 from padst_kernels.steps import Steps
 from torch import Tensor, nn
 
@@ -180,7 +180,9 @@ class SparseLinear(nn.Module):
         shape, entries = (self.out_features, self.in_features), round(self.structure.density * self.mask.numel())
         sides = (key for key in ("perm_in", "perm_out") if getattr(self, key) is not None)
         kinds = self.weight.dtype, dtype
-        return training_signature(self.structure.name, shape, self.structure.parameters(), entries, kinds, sides)
+        return signature_of(
+            self.structure.name, shape, self.structure.parameters(), entries, kinds, sides, training=True
+        )
 
     def gpu_products(self, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         """What a GPU may compute the layer by for inputs like x, by name: `[..., in] -> [..., out]` each.

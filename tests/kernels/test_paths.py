@@ -11,7 +11,7 @@ from padst_kernels import dispatch
 from padst_kernels.dispatch import calibrate_gpu, kernel_name, prepare, select
 from padst_kernels.gpu import calibrate, measured, paths, rules, semi
 from padst_kernels.gpu.measured import Measured
-from padst_kernels.gpu.paths import fastest, signature, training_signature
+from padst_kernels.gpu.paths import fastest, signature, signature_of
 from padst_kernels.steps import GRID
 
 from tests.kernels.gpu_fakes import CUDA, Clock, gpu  # noqa: F401
@@ -226,7 +226,7 @@ def test_figures_of_training_are_apart(make_case):
     entries = layout.tensors["values"].numel()
 
     def of(*sides, kinds=(torch.float32, BF16), count=entries):
-        return training_signature("block", (64, 48), layout.parameters, count, kinds, sides)
+        return signature_of("block", (64, 48), layout.parameters, count, kinds, sides, training=True)
 
     names = {of("perm_in"), of(), of("perm_in", count=2 * entries), of("perm_in", kinds=(BF16, BF16))}
     assert len({*names, signature(layout, BF16)}) == 5
