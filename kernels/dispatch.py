@@ -31,6 +31,7 @@ __all__ = [
     "calibrate_gpu",
     "compact",
     "kernel_name",
+    "made",
     "prepare",
     "recalibrate",
     "scratch_bytes",
@@ -163,6 +164,15 @@ def select(layout: Layout, tokens: int, dtype: torch.dtype) -> Kernel:
             )
         kernel = layout.prepared[name] = _KERNELS[name](layout)
     return kernel
+
+
+def made(layout: Layout, tokens: int, dtype: torch.dtype) -> Kernel | None:
+    """What `select` gives, where it is ready: for tracers, under which nothing can be made."""
+    device = layout.tensors["values"].device
+    if device.type == "cuda" and dtype not in layout.choices:
+        return None
+    kernel = layout.prepared.get(_stored_name(layout, device, tokens, dtype))
+    return kernel if kernel is not None and kernel.ready(dtype) else None
 
 
 @functools.cache

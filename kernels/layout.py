@@ -29,6 +29,9 @@ class Kernel(Protocol):
     def prepare(self, dtype: torch.dtype) -> None:
         """Make now what the first call with an x of `dtype` would make."""
 
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether all that is made: a call makes nothing more, as under a tracer, which would take it for its own."""
+
     def resident_bytes(self) -> int:
         """Bytes held beside the packed tensors (a dense copy, reordered values), 0 before the first call."""
 

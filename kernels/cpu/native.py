@@ -98,6 +98,8 @@ class NativeKernel:
         if bias is None:
             status = self._run(address, x.data_ptr(), None, y.data_ptr())
         else:
+            if bias.numel() != self.out_features:
+                raise _wrong_bias(bias, self.out_features)
             if bias.dtype is not dtype or not bias.is_contiguous():
                 bias = bias.to(dtype).contiguous()
             status = self._run(address, x.data_ptr(), bias.data_ptr(), y.data_ptr())
@@ -231,6 +233,8 @@ def call(
     y = x.new_empty((*x.shape[:-1], out_features))
     at_bias = None
     if bias is not None:
+        if bias.numel() != out_features:
+            raise _wrong_bias(bias, out_features)
         if bias.dtype != dtype or not bias.is_contiguous():
             bias = bias.to(dtype).contiguous()
         at_bias = bias.data_ptr()
@@ -238,6 +242,10 @@ def call(
     if status:
         raise MemoryError(f"padst's kernel for {out_features} outputs failed with status {status}")
     return y
+
+
+def _wrong_bias(bias: Tensor, out_features: int) -> ValueError:
+    return ValueError(f"the bias is {list(bias.shape)}, the layer has {out_features} outputs")
 
 
 def _library() -> ctypes.CDLL:

@@ -41,8 +41,12 @@ class DenseMatmul:
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the dense copy."""
-        if self._weight is None or self._weight.dtype != dtype:
+        if not self.ready(dtype):
             self._make(dtype)
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the dense copy is there."""
+        return self._weight is not None and self._weight.dtype == dtype
 
     def resident_bytes(self) -> int:
         """Bytes of the dense copy."""
@@ -152,8 +156,12 @@ class GatherBmm:
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Make the reordered copy of the values."""
-        if self._groups is None or self._groups[0].values.dtype != dtype:
+        if not self.ready(dtype):
             self._make(dtype)
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the reordered copy is there."""
+        return self._groups is not None and self._groups[0].values.dtype == dtype
 
     def resident_bytes(self) -> int:
         """Bytes of the reordered values and their index vectors."""

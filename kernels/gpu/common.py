@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C import _is_tracing
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.library import wrap_triton
@@ -74,6 +75,7 @@ def direct(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not is_compiling()
+        and not _is_tracing()
         and forward_ad._current_level < 0
         and not (x.is_neg() or torch._C._len_torch_dispatch_stack())
     )

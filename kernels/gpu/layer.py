@@ -69,6 +69,11 @@ class TritonKernel:
     def prepare(self, dtype: torch.dtype) -> None:
         """Nothing is left to make: the kernels take every dtype from the same tensors."""
 
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Always."""
+        del dtype
+        return True
+
     def resident_bytes(self) -> int:
         """Bytes of what is held beside the packed tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._made)

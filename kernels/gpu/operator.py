@@ -65,6 +65,14 @@ def _recorded(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
+def _check(others: Sequence[Tensor | None], x: Tensor) -> None:
+    """Raise ValueError where a tensor is not where x is: a kernel would read memory that is not there."""
+    device = x.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"x is on {device}, but the layer or what comes with x is on {tensor.device}")
+
+
 def define(family: type[Family]) -> tuple[Operator, Operator]:
     """The operators (product, gradient) of a structure's kernels."""
 
@@ -79,6 +87,7 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
     ) -> Tensor:
         if x.numel() == 0:
             return torch.zeros_like(values, dtype=torch.float32)
+        _check((dy, values), x)
         x, dy = x.contiguous(), dy.contiguous()
         x = x if perm_in is None else permute(x, perm_in)
         dy = dy if store is None else permute(dy, store)
@@ -103,6 +112,9 @@ def define(family: type[Family]) -> tuple[Operator, Operator]:
         transposed: bool,
         activation: str,
     ) -> Tensor:
+        _check((bias, values), x)
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"the bias is {list(bias.shape)}, the layer has {out_features} outputs")
         y = empty_output(x, out_features)
         tokens = x.numel() // x.shape[-1]
         if tokens == 0:

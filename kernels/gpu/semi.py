@@ -64,10 +64,14 @@ class SemiStructured:
         """Compress the values for activations of `dtype`; raises `Unavailable` where torch has no product for it."""
         if dtype not in DTYPES:
             raise Unavailable(f"it takes activations of 16 bits, these are {dtype}")
-        if self._dtype is not dtype:
+        if not self.ready(dtype):
             with torch.inference_mode(False), torch.no_grad():
                 self._weight = compressed(_structured(self._layout).to(dtype).contiguous())
             self._dtype = dtype
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the values are compressed for activations of `dtype`."""
+        return self._dtype is dtype
 
     def resident_bytes(self) -> int:
         """Bytes of the compressed values."""

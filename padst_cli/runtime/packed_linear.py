@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from padst_kernels.dispatch import (
     NativeKernel,
     compact,
     kernel_name,
+    made,
     prepare,
     select,
 )
@@ -28,6 +31,8 @@ from torch.nn import functional
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
 from padst_cli.permutation.apply import from_structure, to_structure
 from padst_cli.structures import Structure
+
+_log = logging.getLogger("padst")
 
 
 class PackedLinear(nn.Module):
@@ -119,6 +124,8 @@ class PackedLinear(nn.Module):
             return self._traced(x)
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
+            if self._parameters["values"] is not None:
+                return self._with_given(x)
             bias, epilogue = self._parameters["bias"], self.epilogue
             if epilogue is None:
                 return native(x, bias, self.dense_weight)
@@ -187,6 +194,14 @@ class PackedLinear(nn.Module):
             f"bias={self.format.bias}" + (f", epilogue={self.epilogue[0]}" if self.epilogue else "")
         )
 
+    def _with_given(self, x: Tensor) -> Tensor:
+        """With the values that somebody put into the table of a compact layer for one call, as functional_call does."""
+        given = {key: table[key] for table in (self._parameters, self._buffers) for key in self._kept if key in table}
+        tensors = {**self._stored(), **{key: tensor for key, tensor in given.items() if tensor is not None}}
+        weight = self.format.structure.unpack(tensors)
+        weight = from_structure(weight, tensors.get("perm_in"), tensors.get("perm_out")).to(x.dtype)
+        return self._activated(functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype)))
+
     def _run(self, kernel: Any, x: Tensor) -> Tensor:
         """What a kernel computes, with the activation that follows in it where it has that."""
         result: Tensor
@@ -218,6 +233,12 @@ class PackedLinear(nn.Module):
             return self._layout[1]
 
     def _make_layout(self) -> Layout:
+        for key, tensor in self._stored().items():  # kernels read as far as the format says
+            shape, dtype = self.format.tensors(self.value_dtype)[key]
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"'{key}' of a packed layer is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+                )
         perm_in, perm_out = self.permutations()
         structure, tensors = self.format.structure, self.packed_tensors()
         return Layout(
@@ -284,11 +305,16 @@ class PackedLinear(nn.Module):
         """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
 
         `torch.export` shows stand-ins for tensors, of which no image can be made, and `torch.jit.trace` would record
-        how one is: the graph of a layer that was never called holds the packed tensors and unpacks them at each call.
+        how one is: the graph of a layer that was never called with so many tokens holds the packed tensors and unpacks
+        them at each call, which is said.
         """
         self._check(x)
         # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
         if not is_dynamo_compiling() and self._native is None:
+            kernel = self._made(x)
+            if kernel is not None:
+                return self._run(kernel, x)
+            _say_unpacked()
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self._activated(functional.linear(x, self.dense_weight().to(x.dtype), bias))
         self._prepare_for_tracing(x.dtype)
@@ -300,6 +326,15 @@ class PackedLinear(nn.Module):
             )
         layout = self._layout[1] if self._layout else self.layout()
         return self._run(select(layout, x.numel() // self.in_features, x.dtype), x)
+
+    def _made(self, x: Tensor) -> Any:
+        """The kernel of an earlier call like this one, None where there was none or the layer has changed since."""
+        if self._layout is None:
+            return None
+        state, layout, tensors = self._layout
+        if state != [_state_of(tensor) for tensor in tensors if tensor is not None]:
+            return None
+        return made(layout, x.numel() // self.in_features, x.dtype)
 
     @torch.compiler.assume_constant_result
     def _prepare_for_tracing(self, dtype: torch.dtype) -> bool:
@@ -316,6 +351,13 @@ class PackedLinear(nn.Module):
         with self._lock:
             self._expand()
             return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__.get("_kept", ()):
+            super().__setattr__(name, value)
+            return
+        with self._expanded():
+            super().__setattr__(name, value)
 
     # The tensors come back wherever they can be read or changed from outside; images are never copied or pickled.
 
@@ -347,6 +389,14 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_lock": threading.RLock()})
+
+
+@functools.cache
+def _say_unpacked() -> None:
+    _log.warning(
+        "a packed layer that was never called is traced as one that unpacks its weight at each call, which is slow: "
+        "call the model once before torch.export or torch.jit.trace, with as many tokens, on the device it will run on"
+    )
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:

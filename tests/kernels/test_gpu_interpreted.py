@@ -114,6 +114,33 @@ if INTERPRETED:
                 patch.setattr(permute, "WORTH", 0)
                 assert torch.equal(layer.TritonKernel(case.layout)(x, bias), within)
 
+    def test_torch_jit_records_the_operator(make_case):
+        for family, shape in ONE_EACH:
+            structure, options = FAMILIES[family]
+            case = make_case(structure, *shape, 0.3, "io", **options)
+            kernel, bias = layer.TritonKernel(case.layout), torch.randn(shape[0])
+            traced = torch.jit.trace(lambda x, of=kernel, b=bias: of(x, b), torch.randn(3, shape[1]), check_trace=False)
+            assert f"padst::triton_{structure}" in str(traced.graph)
+            for tokens in (3, 20):
+                x = torch.randn(tokens, shape[1])
+                close(traced(x), case.weight, x, bias)
+
+    def test_what_is_not_where_x_is_or_does_not_fit_is_refused(make_case):
+        for family, shape in ONE_EACH:
+            structure, options = FAMILIES[family]
+            case, x = make_case(structure, *shape, 0.3, "", **options), torch.randn(3, shape[1])
+            kernel = layer.TritonKernel(case.layout)
+            product, gradient = layer.OPERATORS[structure]
+            values, index, _, _, _, parameters, _ = kernel._packed
+            with pytest.raises(ValueError, match=r"x is on cpu, but .* on meta"):
+                kernel(x, torch.empty(shape[0], device="meta"))
+            with pytest.raises(ValueError, match=r"x is on meta, but .* on cpu"):
+                product(x.to("meta"), None, values, *kernel._packed[1:], "")
+            with pytest.raises(ValueError, match="on meta"):
+                gradient(x, torch.empty(3, shape[0], device="meta"), values, index, None, None, parameters)
+            with pytest.raises(ValueError, match=rf"bias is \[1\], the layer has {shape[0]} outputs"):
+                kernel(x, torch.ones(1))
+
     TALL = [(48, 48), (64, 48), (104, 40), (72, 8), (200, 160), (47, 40), (56, 47)]
     WIDE = [(48, 64), (40, 104), (8, 72), (160, 200), (40, 47), (47, 56)]
 

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from padst_kernels.cpu import native
+from padst_kernels.dispatch import prepare
 from padst_kernels.gpu import rules
 from torch import nn
 
+from padst_cli.runtime import packed_linear
 from tests.runtime.test_packed_linear import make
 
 STRUCTURES = ("block", "diag", "nm")
@@ -60,6 +62,10 @@ def graphs_of(layer, x):
 
 def kernels_in(graph):
     return [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+def operators_in(program):
+    return [node for node in program.graph.nodes if node.op == "call_function" and "padst" in str(node.target)]
 
 
 @pytest.mark.usefixtures("on_triton")
@@ -110,15 +116,53 @@ def test_gradients_are_compiled_with_it(structure):
 
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_exported_as_one_operator_for_any_number_of_tokens(structure):
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_as_one_operator_for_any_number_of_tokens(structure, strict):
     layer = nn.Sequential(make(structure)[0]).eval()
+    prepare(layer[0].layout(), torch.float32)  # what a call does
     tokens = torch.export.Dim("tokens", min=2, max=4096)
-    program = torch.export.export(layer, (torch.randn(5, 80),), dynamic_shapes=({0: tokens},), strict=True)
-    calls = [node for node in program.graph.nodes if node.op == "call_function" and "padst" in str(node.target)]
+    program = torch.export.export(layer, (torch.randn(5, 80),), dynamic_shapes=({0: tokens},), strict=strict)
+    calls = operators_in(program)
     assert [str(node.target) for node in calls] == [f"padst.triton_{structure}.default"]
     shape = calls[0].meta["val"].shape
     assert isinstance(shape[0], torch.SymInt)
     assert shape[1] == 48
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_was_not_called_or_has_changed_is_exported_as_a_dense_product_and_this_is_said(structure, caplog):
+    packed_linear._say_unpacked.cache_clear()
+    layer, weight, bias = make(structure)
+    x = torch.randn(5, 80)
+
+    def exported():
+        program = torch.export.export(layer, (x,), strict=False)
+        assert not operators_in(program)
+        return program.module()(x)
+
+    torch.testing.assert_close(exported(), nn.functional.linear(x, weight, bias))
+    assert "call the model once before torch.export" in caplog.text
+    prepare(layer.layout(), torch.float32)
+    layer.values.mul_(2)
+    torch.testing.assert_close(exported(), nn.functional.linear(x, 2 * weight, bias))
+    prepare(layer.layout(), torch.float32)
+    layer.values = nn.Parameter(layer.values.detach() * 2, requires_grad=False)
+    torch.testing.assert_close(exported(), nn.functional.linear(x, 4 * weight, bias))
+    prepare(layer.layout(), torch.float32)
+    assert operators_in(torch.export.export(layer, (x,), strict=False))
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_a_dense_copy_of_another_dtype_is_not_made_while_a_graph_is_traced(monkeypatch):
+    monkeypatch.setattr(rules, "serves", lambda *_: False)
+    layer, weight, _ = make("diag", bias=False)
+    x = torch.randn(5, 80, dtype=torch.float64)
+    layer(x)
+    single = torch.export.export(layer, (x.float(),), strict=False).module()
+    torch.testing.assert_close(single(x.float()), nn.functional.linear(x.float(), weight))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight.double()))
+    assert layer.layout().prepared["torch-dense"].ready(torch.float64)
 
 
 @pytest.mark.usefixtures("on_triton")

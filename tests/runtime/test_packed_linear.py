@@ -95,6 +95,47 @@ def test_the_prepared_copy_follows_the_values(structure):
     assert layer.prepared_bytes() == 0
 
 
+@pytest.mark.parametrize("sides", ["", "io"])
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_values_given_to_a_layer_that_has_let_go_of_its_own_are_used(structure, sides):
+    layer, weight, vector = make(structure, sides=sides)
+    x = torch.randn(3, 80)
+    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    layer(x)
+    for given in ({"values": own["values"] * 2}, {**own, "values": own["values"] * 2}):
+        y = torch.func.functional_call(layer, given, (x,))
+        torch.testing.assert_close(y, functional.linear(x, 2 * weight, vector))
+    torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+    layer.values = torch.nn.Parameter(own["values"] * 3, requires_grad=False)
+    torch.testing.assert_close(layer(x), functional.linear(x, 3 * weight, vector))
+
+
+@pytest.mark.parametrize("structure", ["diag", "nm", "block"])
+def test_tensors_that_do_not_fit_are_refused_before_a_kernel_reads_them(structure):
+    layer, weight, vector = make(structure)
+    x = torch.randn(3, 80)
+    index = {"diag": "offsets", "nm": "indices", "block": "col_indices"}[structure]
+    for key, wrong in (
+        ("values", torch.nn.Parameter(weight, requires_grad=False)),
+        (index, getattr(layer, index)[:-1]),
+        (index, getattr(layer, index).long()),
+        ("perm_in", layer.perm_in[:40]),
+    ):
+        for called in (False, True):
+            if called:
+                layer(x)
+            right = getattr(layer, key)
+            setattr(layer, key, wrong)
+            with pytest.raises(ValueError, match=f"'{key}' of a packed layer is"):
+                layer(x)
+            setattr(layer, key, right)
+    torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))
+    for wrong in (torch.zeros(47), torch.zeros(49), torch.zeros(1)):
+        layer.bias = torch.nn.Parameter(wrong, requires_grad=False)
+        with pytest.raises(ValueError, match="the layer has 48 outputs"):
+            layer(x)
+
+
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
 def test_what_is_prepared_follows_indices_and_permutations(structure):
     """In float64, which runs from the packed tensors; one that is replaced may leave its id to another."""
