@@ -23,6 +23,7 @@ from padst_kernels.dispatch import (
     prepare,
     select,
 )
+from padst_kernels.steps import GRID
 from torch import Tensor, nn
 from torch._C import _is_tracing
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -328,13 +329,19 @@ class PackedLinear(nn.Module):
         return self._run(select(layout, x.numel() // self.in_features, x.dtype), x)
 
     def _made(self, x: Tensor) -> Any:
-        """The kernel of an earlier call like this one, None where there was none or the layer has changed since."""
+        """The kernel of an earlier call like this one, None where there was none or the layer has changed since.
+
+        A graph for any number of tokens gets the kernel for that of its example: asking the number would fix it.
+        """
         if self._layout is None:
             return None
         state, layout, tensors = self._layout
         if state != [_state_of(tensor) for tensor in tensors if tensor is not None]:
             return None
-        return made(layout, x.numel() // self.in_features, x.dtype)
+        tokens: Any = x.numel() // self.in_features
+        if isinstance(tokens, torch.SymInt):
+            tokens = tokens.node.hint  # torch's own names for this change with its versions
+        return made(layout, GRID[-1] if tokens is None else int(tokens), x.dtype)
 
     @torch.compiler.assume_constant_result
     def _prepare_for_tracing(self, dtype: torch.dtype) -> bool:

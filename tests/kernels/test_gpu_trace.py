@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from padst_kernels import dispatch
 from padst_kernels.cpu import native
 from padst_kernels.dispatch import prepare
 from padst_kernels.gpu import rules
@@ -151,6 +152,21 @@ def test_what_was_not_called_or_has_changed_is_exported_as_a_dense_product_and_t
     torch.testing.assert_close(exported(), nn.functional.linear(x, 4 * weight, bias))
     prepare(layer.layout(), torch.float32)
     assert operators_in(torch.export.export(layer, (x,), strict=False))
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("example", [5, 50])
+def test_exported_for_any_number_of_tokens_by_the_kernel_of_the_example(monkeypatch, example):
+    monkeypatch.setattr(rules, "serves", lambda _, __, tokens, *___: tokens > 16)
+    monkeypatch.setattr(dispatch, "_can_be_dense", lambda *_: False)  # nothing is on a GPU
+    layer = nn.Sequential(make("diag")[0]).eval()
+    prepare(layer[0].layout(), torch.float32)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    x = torch.randn(example, 80)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: tokens},), strict=False)
+    assert len(operators_in(program)) == (example > 16)
+    if example <= 16:
+        assert program.module()(torch.randn(3000, 80)).shape == (3000, 48)
 
 
 @pytest.mark.usefixtures("on_triton")
