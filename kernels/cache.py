@@ -6,12 +6,14 @@ replaced as a whole, so that processes may read and write them at the same time;
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,14 +50,31 @@ def read(kind: str, key: Key, parse: Callable[[Any], Found]) -> Found | None:
         return None
 
 
+@contextmanager
+def changing(kind: str, key: Key) -> Iterator[None]:
+    """Read and write in the block: others that change the same file wait, and none's figures are lost.
+
+    Where the file system has no locks, or no place for one, nobody waits.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path = file_of(kind, key).with_suffix(".lock")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
+        yield
+
+
 def write(kind: str, key: Key, figures: Any) -> None:
     """Keep `figures`, which are JSON values; where that fails the log says it and all goes on."""
     # Through a file of its own: another process may read or write the same one now.
     try:
         path = file_of(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump({"key": key, kind: figures}, file, indent=1)
-        os.replace(file.name, path)
+        with ExitStack() as failed:
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                failed.callback(Path(file.name).unlink)
+                json.dump({"key": key, kind: figures}, file, indent=1)
+            os.replace(file.name, path)
+            failed.pop_all()
     except OSError as error:
         _log.warning("the %s could not be kept (%s): the next process will measure again", kind, error)

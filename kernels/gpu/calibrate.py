@@ -69,7 +69,8 @@ def calibrate(
     """Measure layers on the device where they are, for activations of `dtype`, and keep what was found.
 
     `paths` gives a layer's paths, the dense one among them. Past `deadline` (seconds of `time.monotonic`) what is left
-    keeps its rules. Returns how many cells (a kind of layer at a token count) were left.
+    keeps its rules, and so does what the device has not the memory for. Returns how many cells (a kind of layer at a
+    token count) were left.
     """
     kinds = {
         signature(layout, dtype): Kind(
@@ -103,18 +104,28 @@ def calibrate_training(
 
 def _measure(kinds: Mapping[str, Kind], tokens: Sequence[int], deadline: float, on_measured: OnMeasured) -> int:
     grid = sorted({bucket(count) for count in tokens})
-    total, done = len(kinds) * len(grid), 0
-    for name, kind in kinds.items():
-        looks, behind = kind.prepare(), set[str]()
-        for count in grid:
-            if time.monotonic() > deadline:
-                return total - done
-            on_measured(done, total, f"{name}, {count} tokens")
-            times = {path: look() for path, look in looks(count).items() if path not in behind}
-            measured.keep(kind.device, Measured(paths={name: {count: times}}))
-            behind.update(path for path, taken in times.items() if taken > HOPELESS * times[DENSE])
-            done += 1
-    return 0
+    total, done, left = len(kinds) * len(grid), 0, 0
+    for number, (name, kind) in enumerate(kinds.items(), start=1):
+        try:
+            looks, behind = kind.prepare(), set[str]()
+            for count in grid:
+                if time.monotonic() > deadline:
+                    return left + total - done
+                on_measured(done, total, f"{name}, {count} tokens")
+                times = {path: look() for path, look in looks(count).items() if path not in behind}
+                measured.keep(kind.device, Measured(paths={name: {count: times}}))
+                behind.update(path for path, taken in times.items() if taken > HOPELESS * times[DENSE])
+                done += 1
+        except torch.OutOfMemoryError as error:
+            more = number * len(grid) - done
+            _log.warning("%s: out of memory (%s), %d token counts are left to rules", name, _first_line(error), more)
+            left, done = left + more, done + more
+            torch.cuda.empty_cache()
+    return left
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _products(layout: Layout, paths: Callable[[Layout], Paths], dtype: torch.dtype, timer: Timer) -> Looks:

@@ -71,9 +71,10 @@ def of(device: torch.device) -> Measured:
 def keep(device: torch.device, newer: Measured) -> None:
     """Add figures, for this process and those to come; what others kept meanwhile stays."""
     known, key = of(device), device_key(device)
-    joined = (cache.read(KIND, key, Measured.from_json) or Measured()).updated(known).updated(newer)
+    with cache.changing(KIND, key):
+        joined = (cache.read(KIND, key, Measured.from_json) or Measured()).updated(known).updated(newer)
+        cache.write(KIND, key, joined.to_json())
     known.cuts, known.paths = joined.cuts, joined.paths
-    cache.write(KIND, key, joined.to_json())
 
 
 @functools.cache

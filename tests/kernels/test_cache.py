@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,32 @@ def test_what_is_written_is_read(tmp_path):
     cache.write("speeds", KEY, {"a": 2})
     assert cache.read("speeds", KEY, dict) == {"a": 2}
     assert [file.name for file in (tmp_path / "padst").iterdir()] == [cache.file_of("speeds", KEY).name]
+
+
+def test_what_others_write_meanwhile_is_not_lost():
+    def add(name):
+        for number in range(25):
+            with cache.changing("speeds", KEY):
+                found = cache.read("speeds", KEY, dict) or {}
+                cache.write("speeds", KEY, {**found, f"{name}{number}": number})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, "abcd"))
+    assert len(cache.read("speeds", KEY, dict)) == 100
+
+
+def test_a_write_that_fails_leaves_nothing_behind(monkeypatch, tmp_path, caplog):
+    cache.write("speeds", KEY, {"a": 1})
+    before = set((tmp_path / "padst").iterdir())
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    cache.write("speeds", KEY, {"a": 2})
+    assert "No space left" in caplog.text
+    assert set((tmp_path / "padst").iterdir()) == before
+    assert cache.read("speeds", KEY, dict) == {"a": 1}
 
 
 def test_another_key_has_another_file():
@@ -61,5 +89,6 @@ def test_without_a_home_folder_nothing_is_kept_and_the_log_says_it(monkeypatch, 
 def test_without_a_folder_to_write_to_the_log_says_it(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    cache.write("speeds", KEY, {"a": 1})
+    with cache.changing("speeds", KEY):
+        cache.write("speeds", KEY, {"a": 1})
     assert "the speeds could not be kept" in caplog.text

@@ -160,6 +160,26 @@ def test_a_deadline_leaves_the_rest_to_the_rules(make_case, monkeypatch):
     assert name(layouts[0], 2) == "torch-dense"
 
 
+def test_what_takes_too_much_memory_is_left_to_the_rules_and_the_rest_is_measured(make_case, caplog):
+    clock = Clock()
+    layouts = [make_case("block", 64, size, 0.2, "i", BF16).layout for size in (48, 80)]
+
+    def seconds(tokens, size):
+        if size == 48 and tokens > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return 1.0
+
+    def paths_of(layout):
+        return {"torch-dense": lambda _: Fake(clock, lambda tokens: seconds(tokens, layout.in_features))}
+
+    assert calibrate.calibrate(layouts, BF16, paths_of, tokens=(1, 2, 4, 8), timer=clock) == 2
+    assert "block 64x48" in caplog.text
+    assert "out of memory (CUDA out of memory.), 2 token counts are left to rules" in caplog.text
+    measured.forget()
+    assert [name(layouts[0], tokens) for tokens in (2, 4)] == ["torch-dense", TRITON["block"]]
+    assert [name(layouts[1], tokens) for tokens in (2, 8)] == ["torch-dense", "torch-dense"]
+
+
 def test_layers_take_what_was_measured_from_then_on(make_case, monkeypatch):
     clock = Clock()
     found = {"torch-dense": lambda _: Fake(clock, lambda _: 1.0)}
