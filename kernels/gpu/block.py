@@ -43,13 +43,16 @@ def _space(most: int, size: int, dtype: torch.dtype) -> tuple[Config, ...]:
         steps = ((256, 4), (256, 2), (128, 4), (512, 4))
         return tuple(Config(TILE=1, ROWS=16, STEP=step, num_warps=warps, num_stages=2) for step, warps in steps)
     if most == FEW:
-        splits = ((2, 64), (4, 64), (4, 32), (2, 128), (8, 32))
+        if dtype is torch.float32:  # more would not fit the registers where values of 16 bits are widened
+            splits: tuple[tuple[int, int], ...] = ((2, 32), (4, 32), (8, 32))
+        else:
+            splits = ((2, 64), (4, 64), (4, 32), (2, 128), (8, 32))
         return tuple(
             Config(TILE=16, ROWS=16, STEP=step, SPLIT=split, num_warps=split, num_stages=2) for split, step in splits
         )
     tiles: tuple[tuple[int, int, int, int], ...]
     if dtype is torch.float32:
-        tiles = ((64, 16, 8, 2), (32, 16, 4, 2), (64, 32, 8, 2), (128, 16, 8, 2))
+        tiles = ((64, 32, 8, 2), (32, 32, 4, 2), (128, 16, 8, 2))
     elif most == 64:
         tiles = ((64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 2, 4), (64, 32, 4, 4))
     elif size < 64:
