@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from .cpu import machine, native, transient
-from .cpu.native import NativeKernel
+from .cpu.native import NativeKernel, differentiable
 from .cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
 from .gpu import calibrate, paths, rules, semi
 from .gpu.calibrate import OnMeasured
@@ -30,6 +30,7 @@ __all__ = [
     "NativeKernel",
     "calibrate_gpu",
     "compact",
+    "differentiable",
     "kernel_name",
     "made",
     "prepare",

@@ -20,10 +20,13 @@ from ..cost import FEW
 from ..layout import Layout, rows_of
 from . import transient
 from .arena import image_memory
-from .library import ACTIVATIONS, TYPES, CallHeader, LayerHeader, isa_name, library
+from .library import ACTIVATIONS, TYPES, CallHeader, ImageHeader, LayerHeader, isa_name, library
 
 MOST_INPUTS = 65_000
 """Kernels keep positions of inputs in 16 bits."""
+
+NO_DATA = -4
+"""PADST_NO_DATA of csrc/padst.h."""
 
 _NO_CALLS: tuple[Any, ...] = (None, None, 0, "", None, 0, None)
 
@@ -56,8 +59,7 @@ class NativeKernel:
     """y = (S x[perm_in])[perm_out] + b from the layer's image; math in float32, x and y float32, bfloat16 or float16.
 
     A call may end in an activation, one of `epilogues`: it is taken of sums before these leave the kernel. Gradients
-    reach x and the bias, and their tangents in forward mode reach y, unless in `no_grad`, where nothing looks for any;
-    `materialise` gives W `[out, in]` dense, which only the backward pass needs.
+    reach x and the bias, and their tangents in forward mode reach y, unless in `no_grad`, where nothing looks for any.
     """
 
     epilogues = frozenset(_TORCH)
@@ -72,10 +74,9 @@ class NativeKernel:
         self._run = _library().padst_run
         self._recent = _NO_CALLS
 
-    def __call__(
-        self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor], activation: str = ""
-    ) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of x, on the CPU; raises ValueError for another width.
+    def __call__(self, x: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of x, which is plain (../plain.py) and on the CPU; raises ValueError
+        for another width.
 
         With one token a layer takes no longer than a dozen calls into torch: whatever a call shares with the one before
         is kept in `_recent`, which is one tuple, so that threads can only replace it as a whole.
@@ -83,7 +84,7 @@ class NativeKernel:
         if is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad) or forward_ad._current_level >= 0
         ):
-            result: Tensor = _WithGradient.apply(self, x, bias, materialise)
+            result = differentiable(self, x, bias)
             return _TORCH[activation](result) if activation else result
         # `_header` lies at the address; held while C reads it, for another thread may replace `_recent` meanwhile.
         shape, dtype, threads, ending, like, address, _header = self._recent
@@ -104,7 +105,7 @@ class NativeKernel:
                 bias = bias.to(dtype).contiguous()
             status = self._run(address, x.data_ptr(), bias.data_ptr(), y.data_ptr())
         if status:
-            raise MemoryError(f"{self.name} failed with status {status}")
+            raise failed(self.name, status)
         return y
 
     def _prepare(self, x: Tensor, activation: str) -> tuple[torch.dtype, int, Tensor, int, CallHeader | None]:
@@ -155,24 +156,60 @@ class NativeKernel:
 
 
 class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: NativeKernel, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor]
-    ) -> Tensor:
-        ctx.kernel, ctx.materialise = kernel, materialise
-        return kernel(x.detach(), None if bias is None else bias.detach(), materialise)
+    """A kernel's product in autograd and under the transforms of `torch.func`."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+    def forward(kernel: NativeKernel, x: Tensor, bias: Tensor | None) -> Tensor:
+        return kernel(x.detach(), None if bias is None else bias.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        ctx.kernel = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         (dy,) = grads
-        dx = dy @ ctx.materialise().to(dy.dtype) if ctx.needs_input_grad[1] else None
+        # Out of the image that the forward pass ran from, for the layer may have another by now; as an operator, which
+        # transforms leave as it is.
+        kernel, dx = ctx.kernel, None
+        if ctx.needs_input_grad[1]:
+            weight = torch.ops.padst.sparse_weight(kernel.image, kernel.out_features, kernel.in_features, dy.dtype)
+            dx = dy @ weight
         db = rows_of(dy).sum(dim=0) if ctx.needs_input_grad[2] else None
-        return None, dx, db, None
+        return None, dx, db
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _, dx, db, _ = tangents
-        return ctx.kernel(dx, db, ctx.materialise)
+        return differentiable(ctx.kernel, *tangents[1:])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], kernel: NativeKernel, x: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, int]:
+        return _over_batch(info, in_dims[1:], x, bias, partial(differentiable, kernel)), 0
+
+
+def differentiable(kernel: NativeKernel, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernel's product recorded for gradients, x `[..., in]` plain or wrapped by a transform of `torch.func`."""
+    result: Tensor = _WithGradient.apply(kernel, x, bias)
+    return result
+
+
+def _over_batch(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    bias: Tensor | None,
+    product: Callable[[Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """A product vmapped over x and the bias, the batch first: x takes any dimensions, a bias that differs is added."""
+    x_dim, bias_dim = in_dims
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if bias is None or bias_dim is None:
+        return product(x, bias)
+    y = product(x, None)
+    return y + bias.movedim(bias_dim, 0).view(len(x), *[1] * (x.dim() - 2), -1).to(y.dtype)
 
 
 @torch.library.custom_op("padst::sparse_linear", mutates_args=())
@@ -182,6 +219,10 @@ def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: i
     Eager code calls `NativeKernel`: an operator costs ten times as much a call.
     """
     address, threads = image.data_ptr(), torch.get_num_threads()
+    header = ImageHeader.from_address(address)
+    if (x.shape[-1], out_features) != (header.in_features, header.out_features):
+        shape = header.out_features, header.in_features
+        raise ValueError(f"a sparse layer {list(shape)} was called from {x.shape[-1]} features to {out_features}")
     if x.numel() >= transient.limits(transient.work_of(address))[threads, x.dtype]:
         return transient.linear(address, x, bias, out_features, threads)
     return call(_library().padst_forward, address, x, bias, out_features, threads)
@@ -191,6 +232,17 @@ def sparse_linear(x: Tensor, image: Tensor, bias: Tensor | None, out_features: i
 def _(x: Tensor, image: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     del image, bias
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@sparse_linear.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, image: Tensor, bias: Tensor | None, out_features: int
+) -> tuple[Tensor, int]:
+    x_dim, image_dim, bias_dim, _ = in_dims
+    if image_dim is not None:
+        raise ValueError("a sparse layer's image cannot be one of a batch")
+    product = torch.ops.padst.sparse_linear
+    return _over_batch(info, (x_dim, bias_dim), x, bias, lambda u, b: product(u, image, b, out_features)), 0
 
 
 @torch.library.custom_op("padst::sparse_weight", mutates_args=())
@@ -227,8 +279,7 @@ def call(
     forward: Callable[..., int], image: int, x: Tensor, bias: Tensor | None, out_features: int, threads: int
 ) -> Tensor:
     """One call of the C kernel on the image at an address: `[..., in] -> [..., out_features]`."""
-    if not x.is_contiguous():
-        x = x.contiguous()
+    x = x.resolve_neg().contiguous()
     dtype, tokens = x.dtype, x.numel() // x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out_features))
     at_bias = None
@@ -240,8 +291,15 @@ def call(
         at_bias = bias.data_ptr()
     status = forward(image, x.data_ptr(), TYPES[dtype], at_bias, y.data_ptr(), tokens, threads)
     if status:
-        raise MemoryError(f"padst's kernel for {out_features} outputs failed with status {status}")
+        raise failed(f"padst's kernel for {out_features} outputs", status)
     return y
+
+
+def failed(name: str, status: int) -> Exception:
+    """What to raise where a kernel returned a status that is not 0."""
+    if status == NO_DATA:
+        return ValueError(f"{name} was called on a tensor that has no memory: its storage was freed")
+    return MemoryError(f"{name} failed with status {status}")
 
 
 def _wrong_bias(bias: Tensor, out_features: int) -> ValueError:

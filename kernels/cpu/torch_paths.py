@@ -6,7 +6,7 @@ device (the one in place on the CPU), and pass gradients to x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -82,9 +82,8 @@ class DenseInPlace:
         size = entries * layout.tensors["values"].element_size() + -(-entries // 8)
         return size + _bytes(*layout.permutations().values()) <= layout.resident_bound()
 
-    def __call__(self, x: Tensor, bias: Tensor | None, materialise: Callable[[], Tensor] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`[..., in] -> [..., out]` in the dtype of x; gradients reach x and the bias. ValueError for another width."""
-        del materialise  # which kernels that have no dense weight take their gradients from
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.weight.shape[1]}")
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)

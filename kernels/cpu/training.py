@@ -2,8 +2,8 @@
 
 y = (S x[..., perm_in])[..., perm_out] + b, whose support stays while the values change with every step. The layer is
 held as two images (csrc/rows.h, csrc/block.h), of S and of S transposed, which takes dy to dx; the gradient of the
-values is computed on the support alone (csrc/gradient.h). Indices are made once a support; a step only copies the
-values in.
+values is computed on the support alone (csrc/gradient.h). Indices are made once a support; each pass copies the values
+in, whether or not they have changed: no version tells of a change through `.data` or by a foreign fused optimizer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layout import rows_of
+from ..plain import plain, version_of
 from .isa import ISAS
 from .library import LayerHeader, image_values, library
-from .native import call, make_image, pointer
+from .native import call, failed, make_image, pointer
 
 MOST_FEATURES = 65_000
 """Kernels keep positions in 16 bits."""
@@ -40,9 +41,10 @@ def pays(density: float, tokens: int, block_size: int | None) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled training kernels take this product: both float32 on the CPU, not too wide."""
+    """Whether the compiled training kernels take this product: plain float32 on the CPU, not too wide."""
     return (
-        x.is_cpu
+        plain(x)
+        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and max(weight.shape) <= MOST_FEATURES
         and not torch.is_autocast_enabled("cpu")
@@ -97,7 +99,6 @@ class TrainingKernel:
             self._forth: _Image = make(mask, numbers, perm_in, perm_out)
             inverse_in = None if perm_in is None else _inverse(perm_in)
             self._back: _Image = make(mask.T, numbers.T, self._inverse_out, inverse_in)
-        self._loaded: dict[str, tuple[int, int]] = {}
         lib = library()
         assert lib is not None
         self._lib = lib
@@ -112,26 +113,28 @@ class TrainingKernel:
 
         The gradient of `weight` is zero outside the support, unless `dense_gradient` asks for that of a dense weight.
         """
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.shape[1]}")
         result: Tensor = _Product.apply(x, weight, bias, self, dense_gradient)
         return result
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product without a record for gradients."""
-        self._load("forth", self._forth, weight)
+        self._forth.load(weight)
         return call(
             self._lib.padst_forward, self._forth.image.data_ptr(), x, bias, self.shape[0], torch.get_num_threads()
         )
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """dx `[..., in]` for dy `[..., out]`."""
-        self._load("back", self._back, weight)
+        self._back.load(weight)
         return call(
             self._lib.padst_forward, self._back.image.data_ptr(), dy, None, self.shape[1], torch.get_num_threads()
         )
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """The gradient of the weight `[out, in]`, zero outside the support."""
-        x, dy = x.contiguous(), dy.contiguous()
+        x, dy = x.contiguous(), dy.resolve_neg().contiguous()
         found = torch.zeros_like(self._forth.values)
         status = self._lib.padst_gradient(
             self._forth.image.data_ptr(),
@@ -143,7 +146,7 @@ class TrainingKernel:
             torch.get_num_threads(),
         )
         if status:
-            raise MemoryError(f"{self.name}: the gradient of {tuple(self.shape)} failed with status {status}")
+            raise failed(f"{self.name}, the gradient of {tuple(self.shape)}", status)
         return self._forth.spread(found, self.shape)
 
     def dense_weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -151,15 +154,6 @@ class TrainingKernel:
         u = x if self.perm_in is None else x.index_select(-1, self.perm_in)
         dz = dy if self._inverse_out is None else dy.index_select(-1, self._inverse_out)
         return rows_of(dz).T @ rows_of(u)
-
-    def _run(self, image: _Image, x: Tensor, bias: Tensor | None, features: int) -> Tensor:
-        return call(self._lib.padst_forward, image.image.data_ptr(), x, bias, features, torch.get_num_threads())
-
-    def _load(self, which: str, image: _Image, weight: Tensor) -> None:
-        state = (weight.data_ptr(), weight._version)
-        if self._loaded.get(which) != state:
-            image.load(weight)
-            self._loaded[which] = state
 
 
 class _Product(torch.autograd.Function):
@@ -187,7 +181,7 @@ class _Product(torch.autograd.Function):
 
 
 def _identity(*tensors: Tensor | None) -> tuple[tuple[int, int] | None, ...]:
-    return tuple(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors)
+    return tuple(None if tensor is None else (id(tensor), version_of(tensor)) for tensor in tensors)
 
 
 def _inverse(perm: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._C import _is_tracing
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from torch.library import wrap_triton
 
+from ..plain import plain
 from .device import is_current
 
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
@@ -72,13 +71,7 @@ def precision(dtype: torch.dtype) -> str:
 
 def direct(x: Tensor) -> bool:
     """Whether x is at hand, with its memory and nobody looking: not while a graph is traced, nor in forward mode."""
-    return (
-        type(x) is Tensor
-        and not is_compiling()
-        and not _is_tracing()
-        and forward_ad._current_level < 0
-        and not (x.is_neg() or torch._C._len_torch_dispatch_stack())
-    )
+    return plain(x) and forward_ad._current_level < 0
 
 
 def launcher(kernel: Any, x: Tensor) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layout import rows_of
+from ..plain import version_of
 from . import rules
 from .layer import OPERATORS, operands_of
 from .permute import inverse, permute
@@ -135,4 +136,4 @@ class _Product(torch.autograd.Function):
 
 
 def _identity(*tensors: Tensor | None) -> tuple[tuple[int, int] | None, ...]:
-    return tuple(None if tensor is None else (id(tensor), tensor._version) for tensor in tensors)
+    return tuple(None if tensor is None else (id(tensor), version_of(tensor)) for tensor in tensors)

@@ -18,19 +18,20 @@ from padst_kernels.dispatch import (
     Layout,
     NativeKernel,
     compact,
+    differentiable,
     kernel_name,
     made,
     prepare,
     select,
 )
+from padst_kernels.plain import plain, transformed, version_of, watched
 from padst_kernels.steps import GRID
 from torch import Tensor, nn
-from torch._C import _is_tracing
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 
 from padst_cli.checkpoint.format import LayerFormat, value_dtype_name
-from padst_cli.permutation.apply import from_structure, to_structure
+from padst_cli.permutation.apply import check_permutation, from_structure, to_structure
 from padst_cli.structures import Structure
 
 _log = logging.getLogger("padst")
@@ -120,19 +121,19 @@ class PackedLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`; raises ValueError for another width."""
-        if is_compiling() or _is_tracing():  # torch.jit's own name for this takes thrice as long
-            return self._traced(x)
+        """`[..., in] -> [..., out]`; raises ValueError for another width or dtypes that are no floating point."""
+        if not plain(x):
+            return self._watched(x)
         native = self._native
         if native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
             if self._parameters["values"] is not None:
                 return self._with_given(x)
             bias, epilogue = self._parameters["bias"], self.epilogue
             if epilogue is None:
-                return native(x, bias, self.dense_weight)
+                return native(x, bias)
             if isinstance(native, NativeKernel) and epilogue[0] in native.epilogues:
-                return native(x, bias, self.dense_weight, epilogue[0])
-            return self._activated(native(x, bias, self.dense_weight))
+                return native(x, bias, epilogue[0])
+            return self._activated(native(x, bias))
         self._check(x)
         if x.is_cpu and x.dtype in COMPACT_DTYPES and self._compact(x.dtype) is not None:
             return self.forward(x)
@@ -221,6 +222,8 @@ class PackedLinear(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"input is {x.dtype}, the layer takes floating point")
 
     def layout(self) -> Layout:
         """What kernels are given of the layer, the same as long as its tensors are unchanged."""
@@ -234,14 +237,11 @@ class PackedLinear(nn.Module):
             return self._layout[1]
 
     def _make_layout(self) -> Layout:
-        for key, tensor in self._stored().items():  # kernels read as far as the format says
-            shape, dtype = self.format.tensors(self.value_dtype)[key]
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"'{key}' of a packed layer is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-                )
         perm_in, perm_out = self.permutations()
         structure, tensors = self.format.structure, self.packed_tensors()
+        self._validate(tensors, perm_in, perm_out)
+        if self.values.requires_grad:
+            _say_frozen()
         return Layout(
             structure=structure.name,
             out_features=self.out_features,
@@ -256,6 +256,20 @@ class PackedLinear(nn.Module):
             support=partial(structure.unpack_mask, tensors),
             repack=partial(_repack, structure, perm_in, perm_out),
         )
+
+    def _validate(self, tensors: Mapping[str, Tensor], perm_in: Tensor | None, perm_out: Tensor | None) -> None:
+        """Raise `PadstError` for tensors that are not as the format says: kernels go where the indices lead.
+
+        A file was checked when it was loaded, but not a state dict, which a cast as a whole spoils.
+        """
+        device = tensors["values"].device
+        # No device may be asked for values while a CUDA graph is captured; that layers are new there is said later.
+        if device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        self.format.structure.validate(tensors)
+        for side, perm, size in (("perm_in", perm_in, self.in_features), ("perm_out", perm_out, self.out_features)):
+            if perm is not None:
+                check_permutation(perm, size, side)
 
     def _compact(self, dtype: torch.dtype) -> Compact | None:
         """Put what kernels run from in the place of the packed tensors; None where no compiled kernel serves the layer.
@@ -285,13 +299,15 @@ class PackedLinear(nn.Module):
             return tensors
 
     def _expand(self) -> None:
-        """Bring the packed tensors back from the image; the lock is held."""
+        """Bring the packed tensors back from the image, but where others were put in their places; the lock is held."""
         if self._native is None:
             return
         with torch.inference_mode(False):  # what is made inside inference mode could not be changed outside it
             tensors = self._stored()
-            self._parameters["values"] = nn.Parameter(tensors.pop("values"), requires_grad=False)
-        self._buffers.update(tensors)
+            values = nn.Parameter(tensors.pop("values"), requires_grad=False)
+        if self._parameters["values"] is None:
+            self._parameters["values"] = values
+        self._buffers.update((key, tensor) for key, tensor in tensors.items() if self._buffers[key] is None)
         self._native = None
 
     @contextmanager
@@ -302,31 +318,42 @@ class PackedLinear(nn.Module):
             self._expand()
             yield
 
-    def _traced(self, x: Tensor) -> Tensor:
-        """The same while a graph is traced: the image goes in as a constant, the kernel as an operator.
+    def _watched(self, x: Tensor) -> Tensor:
+        """The same while somebody looks or x is more than its memory: the kernel as an operator, its image a constant.
 
-        `torch.export` shows stand-ins for tensors, of which no image can be made, and `torch.jit.trace` would record
-        how one is: the graph of a layer that was never called with so many tokens holds the packed tensors and unpacks
-        them at each call, which is said.
+        Under `torch.export` stand-ins take the place of tensors, of which no image can be made, and `torch.jit.trace`
+        would record how one is: the graph of a layer that was never called with so many tokens holds the packed tensors
+        and unpacks them at each call, which is said.
         """
         self._check(x)
         # In this order: what a graph's tracer has read of the layer it takes for settled, before the image is made.
-        if not is_dynamo_compiling() and self._native is None:
-            kernel = self._made(x)
-            if kernel is not None:
-                return self._run(kernel, x)
-            _say_unpacked()
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return self._activated(functional.linear(x, self.dense_weight().to(x.dtype), bias))
-        self._prepare_for_tracing(x.dtype)
+        if is_dynamo_compiling():
+            self._prepare_for_tracing(x.dtype)
+        elif self._native is None and watched():
+            return self._as_made(x)
+        elif x.is_cpu and x.dtype in COMPACT_DTYPES:
+            self._compact(x.dtype)
         if self._native is not None and x.is_cpu and x.dtype in COMPACT_DTYPES:
+            if self._parameters["values"] is not None:
+                return self._with_given(x)
             if isinstance(self._native, DenseInPlace):
                 return self._activated(self._native(x, self._parameters["bias"]))
+            if not is_dynamo_compiling() and transformed(x):
+                return self._activated(differentiable(self._native, x, self._parameters["bias"]))
             return self._activated(
                 torch.ops.padst.sparse_linear(x, self._native.image, self._parameters["bias"], self.out_features)
             )
         layout = self._layout[1] if self._layout else self.layout()
         return self._run(select(layout, x.numel() // self.in_features, x.dtype), x)
+
+    def _as_made(self, x: Tensor) -> Tensor:
+        """By the kernel of an earlier call like this one; where there was none, by the weight, unpacked."""
+        kernel = self._made(x)
+        if kernel is not None:
+            return self._run(kernel, x)
+        _say_unpacked()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._activated(functional.linear(x, self.dense_weight().to(x.dtype), bias))
 
     def _made(self, x: Tensor) -> Any:
         """The kernel of an earlier call like this one, None where there was none or the layer has changed since.
@@ -406,9 +433,16 @@ def _say_unpacked() -> None:
     )
 
 
+@functools.cache
+def _say_frozen() -> None:
+    _log.warning(
+        "a packed layer's values ask for gradients, but are frozen: none reach them, and an optimizer will not change "
+        "them; `padst sparsify` trains sparse layers"
+    )
+
+
 def _state_of(tensor: Tensor) -> tuple[int, int]:
-    # Inference tensors cannot be changed in place outside inference mode and count no versions.
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), version_of(tensor)
 
 
 def _materialise(

@@ -102,6 +102,7 @@ class PadstQuantizer(HfQuantizer):
         _restore_dtypes(model, self._dtypes)
         for layer in packed_layers(model).values():
             layer.requires_grad_(False)
+        _mark(model, self)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -149,9 +150,15 @@ def attach(model: Any, form: Any) -> None:
     """Tell a transformers model that its packed layers are padst's, so that `save_pretrained` writes the format."""
     config = PadstConfig(header_of(model, form))
     model.config.quantization_config = config
-    model.hf_quantizer = PadstQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    _mark(model, PadstQuantizer(config, pre_quantized=True))
+
+
+def _mark(model: Any, quantizer: PadstQuantizer) -> None:
+    """Have `save_pretrained` ask the quantizer, that of the model without its head, which shares its config, too."""
+    for each in {id(one): one for one in (model, model.base_model)}.values():
+        each.hf_quantizer = quantizer
+        each.is_quantized = True
+        each.quantization_method = QUANT_METHOD
 
 
 def swap_layers(model: Any, header: PadstFormat, *, leave_out_absent: bool = False) -> PadstFormat:

@@ -12,8 +12,8 @@ from torch.autograd.graph import increment_version
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` without its two traps.
 
-    Fused steps change parameters behind the back of their version counters, by which kernels tell whether the values
-    that they hold are still those of the layer; and they take it for granted that a gradient lies in memory as its
+    Fused steps change parameters behind the back of their version counters, by which torch tells whether what it saved
+    for a backward pass is still the same; and they take it for granted that a gradient lies in memory as its
     parameter does, which holds for contiguous ones alone.
     """
 

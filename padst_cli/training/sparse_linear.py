@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
 from padst_kernels.gpu import rules as gpu
 from padst_kernels.gpu.paths import DENSE, fastest_by_tokens, signature_of
+from padst_kernels.plain import version_of
 from padst_kernels.steps import Steps
 from torch import Tensor, nn
 
@@ -91,8 +92,8 @@ class SparseLinear(nn.Module):
     @property
     def density(self) -> float:
         """The share of entries in the present mask, which is wider than the structure while the density falls."""
-        if self._counted[0] != self.mask._version:
-            self._counted = (self.mask._version, float(self.mask.sum()) / self.mask.numel())
+        if self._counted[0] != version_of(self.mask):
+            self._counted = (version_of(self.mask), float(self.mask.sum()) / self.mask.numel())
         return self._counted[1]
 
     def effective_weight(self) -> Tensor:
@@ -171,8 +172,8 @@ class SparseLinear(nn.Module):
         rule = gpu.training_pays(self.structure.name, self.structure.parameters(), self.structure.density)
         if not (rule if fastest is None else fastest != DENSE):
             return False
-        if self._packable[0] != self.mask._version:
-            self._packable = (self.mask._version, self.structure.is_feasible(self.structure.units_of(self.mask)))
+        if self._packable[0] != version_of(self.mask):
+            self._packable = (version_of(self.mask), self.structure.is_feasible(self.structure.units_of(self.mask)))
         return self._packable[1]
 
     def gpu_signature(self, dtype: torch.dtype) -> str:

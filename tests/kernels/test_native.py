@@ -75,10 +75,6 @@ def poisoned_call(kernel: NativeKernel, x: torch.Tensor, bias: torch.Tensor | No
     return room[1:-1]
 
 
-def no_weight() -> torch.Tensor:
-    raise AssertionError("only gradients need a dense weight")
-
-
 def close(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
     expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[x.dtype]
@@ -172,9 +168,9 @@ def test_outputs_may_end_in_an_activation(make_case, structure, activation, side
         x, bias = 3 * torch.randn(tokens, 70), torch.randn(100) if tokens != 9 else None
         plain = functional.linear(x.double(), case.weight.double(), None if bias is None else bias.double())
         expected = ACTIVATED[activation](plain)
-        found = kernel(x, bias, no_weight, activation)
+        found = kernel(x, bias, activation)
         assert float((found - expected).abs().max()) <= 1e-5 * float(plain.abs().max())
-        close(kernel(x, bias, no_weight), case.weight, x, bias)
+        close(kernel(x, bias), case.weight, x, bias)
 
 
 @pytest.mark.usefixtures("isa")
@@ -187,16 +183,16 @@ def test_an_activation_is_right_for_every_size_of_sum(make_case, activation):
     x = functional.pad(sizes, (0, -len(sizes) % 64)).view(-1, 64)
     kernel = NativeKernel(case.layout)
     for rows in (x, x[:1], x[-1:]):
-        found, expected = kernel(rows, None, no_weight, activation).double(), ACTIVATED[activation](rows.double())
+        found, expected = kernel(rows, None, activation).double(), ACTIVATED[activation](rows.double())
         assert bool(((found - expected).abs() <= 4e-7 * rows.abs().clamp(max=1) + 3e-7 * expected.abs()).all())
-    assert bool(kernel(torch.full((1, 64), float("nan")), None, no_weight, activation).isnan().all())
+    assert bool(kernel(torch.full((1, 64), float("nan")), None, activation).isnan().all())
 
 
 def test_gradients_and_dense_products_end_in_the_activation_too(make_case, monkeypatch):
     case = make_case("block", 64, 48, 0.3, "io")
     kernel, x = NativeKernel(case.layout), torch.randn(9, 48)
     expected = functional.silu(functional.linear(x, case.weight))
-    found = kernel(x.requires_grad_(), None, lambda: case.weight, "silu")
+    found = kernel(x.requires_grad_(), None, "silu")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     wanted = torch.autograd.grad(functional.silu(functional.linear(x, case.weight)).sum(), x)[0]
     torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], wanted, rtol=1e-4, atol=1e-5)
@@ -206,7 +202,7 @@ def test_gradients_and_dense_products_end_in_the_activation_too(make_case, monke
     many = torch.randn(40, 48)
     assert kernel.name_at(40, torch.float32) == transient.NAME
     expected = functional.silu(functional.linear(many, case.weight))
-    torch.testing.assert_close(kernel(many, None, no_weight, "silu"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernel(many, None, "silu"), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value_dtype", list(TYPES))
@@ -250,7 +246,7 @@ def test_missing_inputs_stay_where_they_are(make_case, structure):
     x[2] = float("nan")
     y = poisoned_call(NativeKernel(case.layout), x, None)
     assert bool(y[[0, 1, 3, 4]].isfinite().all())
-    assert NativeKernel(case.layout)(torch.randn(2, 0, 64), None, no_weight).shape == (2, 0, 96)
+    assert NativeKernel(case.layout)(torch.randn(2, 0, 64), None).shape == (2, 0, 96)
 
 
 @pytest.mark.parametrize("structure", ["diag", "nm", "block"])
@@ -265,14 +261,14 @@ def test_calls_in_any_order_of_shapes_dtypes_and_threads(make_case, structure):
         for shape in shapes:
             x = torch.randn(shape, dtype=dtype)
             for one in (bias, bias.to(dtype), bias.repeat_interleave(2)[::2], None):
-                y = kernel(x, one, no_weight)
+                y = kernel(x, one)
                 assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (*shape[:-1], 96), True)
                 if y.numel():
                     close(y.view(-1, 96), case.weight, x.view(-1, 64), one)
     far = torch.randn(64, 6).T  # not contiguous, of a shape seen before
-    close(kernel(far, None, no_weight), case.weight, far, None)
+    close(kernel(far, None), case.weight, far, None)
     with pytest.raises(ValueError, match="63 features, the layer takes 64"):
-        kernel(torch.randn(1, 63), None, no_weight)
+        kernel(torch.randn(1, 63), None)
 
 
 def test_a_call_holds_its_header_whatever_other_threads_call(make_case, monkeypatch):
@@ -293,11 +289,11 @@ def test_a_call_holds_its_header_whatever_other_threads_call(make_case, monkeypa
     case = make_case("diag", 64, 48)
     kernel, x = NativeKernel(case.layout), torch.randn(3, 48)
     real, kernel._run = kernel._run, run
-    close(kernel(x, None, no_weight), case.weight, x, None)  # the header is new
+    close(kernel(x, None), case.weight, x, None)  # the header is new
     kernel._run = real
-    kernel(x, None, no_weight)
+    kernel(x, None)
     kernel._run = run
-    close(kernel(x, None, no_weight), case.weight, x, None)  # the header is that of the call before
+    close(kernel(x, None), case.weight, x, None)  # the header is that of the call before
     assert [one() for one in headers] == [None, None]
 
 
@@ -307,7 +303,7 @@ def test_gradients_reach_input_and_bias(make_case, structure):
     x = torch.randn(3, 50, requires_grad=True)
     bias = torch.randn(70, requires_grad=True)
     dy = torch.randn(3, 70)
-    y = NativeKernel(case.layout)(x, bias, lambda: case.weight)
+    y = NativeKernel(case.layout)(x, bias)
     (y * dy).sum().backward()
     torch.testing.assert_close(x.grad, dy @ case.weight)
     torch.testing.assert_close(bias.grad, dy.sum(dim=0))
@@ -323,7 +319,7 @@ def test_tangents_of_input_and_bias_reach_the_output(make_case, dual, activation
             forward_ad.make_dual(torch.randn(shape), torch.randn(shape)) if name in dual.split() else torch.randn(shape)
             for name, shape in (("x", (3, 50)), ("bias", (70,)))
         )
-        found, expected = kernel(x, bias, lambda: case.weight, activation), functional.linear(x, case.weight, bias)
+        found, expected = kernel(x, bias, activation), functional.linear(x, case.weight, bias)
         expected = ACTIVATED[activation](expected) if activation else expected
         torch.testing.assert_close(found, expected)
         tangents = [forward_ad.unpack_dual(y).tangent for y in (found, expected)]
@@ -336,7 +332,7 @@ def test_the_operator_is_the_kernel(make_case, structure):
     kernel = NativeKernel(case.layout)
     x, bias = torch.randn(2, 3, 48), torch.randn(64)
     arguments = (x, kernel.image, bias, 64)
-    assert torch.equal(sparse_linear(*arguments), kernel(x, bias, no_weight))
+    assert torch.equal(sparse_linear(*arguments), kernel(x, bias))
     torch.library.opcheck(sparse_linear, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -7,6 +7,7 @@ import torch
 from padst_kernels.cpu import library
 from padst_kernels.cpu.isa import ISAS
 from padst_kernels.cpu.training import TrainingKernel, pays, serves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from padst_cli.permutation.apply import from_structure, random_permutation
 from padst_cli.structures import StructureOptions, structure_class
@@ -111,6 +112,35 @@ def test_values_follow_every_step_of_the_optimizer(family):
             weight.mul_(-1.7)
 
 
+@pytest.mark.parametrize("family", ["diag", "block"])
+def test_values_follow_changes_that_no_version_tells(family):
+    kernel, weight, mask, _ = make(family, (64, 48))
+    weight = torch.where(mask, weight.detach(), 0.0)
+    x, dy = torch.randn(9, 48, requires_grad=True), torch.randn(9, 64)
+
+    def follows(weight):
+        y = kernel(x, weight, None)
+        close(y, torch.nn.functional.linear(x.double(), weight.double()))
+        (dx,) = torch.autograd.grad(y, x, dy)
+        close(dx, dy.double() @ weight.double())
+
+    follows(weight)
+    weight.data.mul_(2)
+    follows(weight)
+    for factor in range(1, 6):  # each may be made where the one before was
+        follows(weight * factor)
+    with torch.inference_mode():
+        other = weight * 3
+        close(kernel(x, other, None), torch.nn.functional.linear(x.double(), other.double()))
+
+
+def test_inputs_of_another_width_are_refused():
+    kernel, weight, _, _ = make("diag", (64, 48))
+    for width in (8, 49, 4800):
+        with pytest.raises(ValueError, match=f"input has {width} features, the layer takes 48"):
+            kernel(torch.randn(30, width), weight, None)
+
+
 def test_threads_do_not_change_a_bit():
     kernel, weight, _, _ = make("nm", (300, 70), "io")
     x, dy, threads = torch.randn(300, 70), torch.randn(300, 300), torch.get_num_threads()
@@ -176,6 +206,15 @@ def test_served_are_float32_products_on_the_cpu_outside_autocast():
     assert not serves(x.bfloat16(), weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves(x, weight)
+
+
+def test_what_is_more_than_its_memory_is_not_served():
+    x, weight = torch.randn(64, 48), torch.randn(64, 48)
+    assert serves(x, weight)
+    assert not serves(torch._neg_view(x), weight)
+    assert not serves(torch.nn.Parameter(x), weight)
+    with FakeTensorMode() as mode:
+        assert not serves(mode.from_tensor(x), weight)
 
 
 def test_dense_layers_and_few_tokens_do_not_pay():

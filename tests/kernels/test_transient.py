@@ -82,7 +82,7 @@ def test_the_operator_and_gradients_take_the_same_path(make_case, machine_costs)
     kernel = NativeKernel(case.layout)
     x, bias = torch.randn(12, 48, requires_grad=True), torch.randn(64)
     assert kernel.name_at(12, torch.float32) == transient.NAME
-    y = kernel(x, bias, lambda: case.weight)
+    y = kernel(x, bias)
     assert torch.equal(y, transient.linear(kernel.image.data_ptr(), x.detach(), bias, 64, torch.get_num_threads()))
     assert torch.equal(sparse_linear(x.detach(), kernel.image, bias, 64), y)
     y.sum().backward()

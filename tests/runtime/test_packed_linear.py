@@ -126,7 +126,7 @@ def test_tensors_that_do_not_fit_are_refused_before_a_kernel_reads_them(structur
                 layer(x)
             right = getattr(layer, key)
             setattr(layer, key, wrong)
-            with pytest.raises(ValueError, match=f"'{key}' of a packed layer is"):
+            with pytest.raises(PadstError, match=f"'{key}' is"):
                 layer(x)
             setattr(layer, key, right)
     torch.testing.assert_close(layer(x), functional.linear(x, weight, vector))

@@ -130,6 +130,25 @@ def test_other_auto_classes_find_the_layers_by_the_base_prefix(tiny, folders, tm
         assert len(packed_layers(with_head)) == len(packed_layers(whole))
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_model_without_its_head_is_saved_as_it_is_after_a_cast(loaded, tiny, tmp_path):
+    model = tiny.packed("llama", "diag")
+    if loaded:
+        model.save_pretrained(tmp_path / "whole")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    model.to(torch.bfloat16)
+    model.base_model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "again")
+    for folder, kind, expected in (
+        ("base", transformers.AutoModel, model.base_model),
+        ("again", transformers.AutoModelForCausalLM, model),
+    ):
+        found, state = kind.from_pretrained(tmp_path / folder, dtype=torch.bfloat16).state_dict(), expected.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in state.items())
+        assert found[next(name for name in found if name.endswith("values"))].dtype is torch.bfloat16
+
+
 def test_generation_with_a_cache_equals_generation_without(folders):
     for family in ("gpt2", "llama", "opt"):
         model = transformers.AutoModelForCausalLM.from_pretrained(folders(family))

@@ -38,6 +38,7 @@ int padst_run(const struct padst_call *call, const void *x, const void *bias, vo
     if (header->structure < 0 || header->structure >= PADST_STRUCTURES || call->type < PADST_F32 || call->type > PADST_F16 ||
         call->activation < PADST_NO_ACTIVATION || call->activation > PADST_SILU)
         return PADST_BAD_IMAGE;
+    if (call->tokens > 0 && (!x || !y)) return PADST_NO_DATA;
     return engines[padst_isa()]->forward(call, x, bias, y);
 }
 
@@ -52,6 +53,7 @@ int padst_gradient(const void *image, const void *transposed, const float *x, co
     if (header->magic != PADST_MAGIC || header->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
     if (back->magic != PADST_MAGIC || back->version != PADST_IMAGE_VERSION) return PADST_BAD_IMAGE;
     if (header->out_features != back->in_features || header->in_features != back->out_features) return PADST_BAD_IMAGE;
+    if (tokens > 0 && (!x || !dy)) return PADST_NO_DATA;
     return engines[padst_isa()]->gradient(header, back, x, dy, gradient, tokens, threads < 1 ? 1 : threads);
 }
 

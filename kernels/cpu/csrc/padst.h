@@ -19,7 +19,7 @@ enum padst_structure { PADST_DIAG = 0, PADST_NM = 1, PADST_BLOCK = 2, PADST_ROWS
 
 enum padst_isa { PADST_PORTABLE = 0, PADST_AVX2 = 1, PADST_AVX512 = 2, PADST_ISAS = 3 };
 
-enum padst_status { PADST_OK = 0, PADST_NO_MEMORY = -1, PADST_BAD_IMAGE = -2, PADST_NOT_BUILT = -3 };
+enum padst_status { PADST_OK = 0, PADST_NO_MEMORY = -1, PADST_BAD_IMAGE = -2, PADST_NOT_BUILT = -3, PADST_NO_DATA = -4 };
 
 #define PADST_MAGIC 0x50414453u
 #define PADST_IMAGE_VERSION 1
