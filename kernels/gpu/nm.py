@@ -34,7 +34,7 @@ def _space(most: int) -> tuple[Config, ...]:
     if most == 1:
         cuts = ((4, 512, 4), (1, 512, 4), (4, 128, 4), (8, 128, 4), (4, 128, 2))
     elif most == 4:
-        cuts = ((4, 128, 4), (8, 64, 4), (2, 256, 4), (4, 64, 2))
+        cuts = ((4, 128, 4), (2, 256, 4), (4, 64, 2))
     return tuple(
         Config(TILE=most or 16, ROWS=rows, STEP=step, num_warps=warps, num_stages=2) for rows, step, warps in cuts
     )

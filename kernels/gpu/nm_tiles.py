@@ -41,11 +41,11 @@ def _space(most: int, dtype: torch.dtype, values: int) -> tuple[Config, ...]:
     elif values == MANY or (most == 64 and values != 4):
         tiles = ((64, 32, 32, 8, 2), (64, 16, 32, 4, 2))
     elif most == 64:
-        tiles = ((64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 32, 64, 4, 2))
+        tiles = ((64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2))
     elif values != 4:
         tiles = ((64, 64, 32, 8, 2), (128, 32, 32, 8, 2))
     else:  # every permuted input of a tile has an address of its own: larger ones would not fit the registers
-        tiles = ((128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 4, 2))
+        tiles = ((128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2))
     return tuple(
         Config(TILE=tile, ROWS=rows, STEP=step, num_warps=warps, num_stages=stages)
         for tile, rows, step, warps, stages in tiles
