@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from .cpu import machine, native, transient
-from .cpu.native import NativeKernel, differentiable
+from .cpu.native import NativeKernel
 from .cpu.torch_paths import DenseInPlace, DenseMatmul, GatherBmm
+from .differentiable import differentiable
 from .gpu import calibrate, paths, rules, semi
 from .gpu.calibrate import OnMeasured
 from .gpu.semi import SemiStructured

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.nn import functional
 
+from ..activations import BY_TORCH, activate
 from ..cost import FEW
+from ..differentiable import differentiable, over_batch
 from ..layout import Layout, rows_of
 from . import transient
 from .arena import image_memory
@@ -29,13 +29,6 @@ NO_DATA = -4
 """PADST_NO_DATA of csrc/padst.h."""
 
 _NO_CALLS: tuple[Any, ...] = (None, None, 0, "", None, 0, None)
-
-_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "silu": functional.silu,
-}
-"""The activations of the kernels' epilogue, for what does not run through the kernels."""
 
 _TENSORS = {"diag": ("offsets",), "nm": ("indices",), "block": ("row_offsets", "col_indices")}
 
@@ -62,7 +55,7 @@ class NativeKernel:
     reach x and the bias, and their tangents in forward mode reach y, unless in `no_grad`, where nothing looks for any.
     """
 
-    epilogues = frozenset(_TORCH)
+    epilogues = frozenset(BY_TORCH)
 
     def __init__(self, layout: Layout) -> None:
         self.name = kernel_name(layout.structure)
@@ -85,14 +78,14 @@ class NativeKernel:
             x.requires_grad or (bias is not None and bias.requires_grad) or forward_ad._current_level >= 0
         ):
             result = differentiable(self, x, bias)
-            return _TORCH[activation](result) if activation else result
+            return activate(result, activation)
         # `_header` lies at the address; held while C reads it, for another thread may replace `_recent` meanwhile.
         shape, dtype, threads, ending, like, address, _header = self._recent
         if x.shape != shape or x.dtype is not dtype or get_num_threads() != threads or activation != ending:
             dtype, threads, like, address, _header = self._prepare(x, activation)
         if not address:
             result = transient.linear(self._address, x, bias, self.out_features, threads)
-            return _TORCH[activation](result) if activation else result
+            return activate(result, activation)
         if not x.is_contiguous():
             x = x.contiguous()
         y = empty_like(like)
@@ -150,66 +143,20 @@ class NativeKernel:
         perms = (pointer(tensors.get("perm_in")), pointer(tensors.get("perm_out")))
         _library().padst_unpack_permutations(self._address, *perms)
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As a call, without an activation; for `differentiable`."""
+        return self(x, bias)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """`[..., out] -> [..., in]`, out of the image, for the layer may have another by the time of a backward pass.
+
+        Through an operator, which transforms leave as it is.
+        """
+        return dy @ torch.ops.padst.sparse_weight(self.image, self.out_features, self.in_features, dy.dtype)
+
     def resident_bytes(self) -> int:
         """Bytes of the image."""
         return self.image.numel()
-
-
-class _WithGradient(torch.autograd.Function):
-    """A kernel's product in autograd and under the transforms of `torch.func`."""
-
-    @staticmethod
-    def forward(kernel: NativeKernel, x: Tensor, bias: Tensor | None) -> Tensor:
-        return kernel(x.detach(), None if bias is None else bias.detach())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        del output
-        ctx.kernel = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        (dy,) = grads
-        # Out of the image that the forward pass ran from, for the layer may have another by now; as an operator, which
-        # transforms leave as it is.
-        kernel, dx = ctx.kernel, None
-        if ctx.needs_input_grad[1]:
-            weight = torch.ops.padst.sparse_weight(kernel.image, kernel.out_features, kernel.in_features, dy.dtype)
-            dx = dy @ weight
-        db = rows_of(dy).sum(dim=0) if ctx.needs_input_grad[2] else None
-        return None, dx, db
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return differentiable(ctx.kernel, *tangents[1:])
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], kernel: NativeKernel, x: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, int]:
-        return _over_batch(info, in_dims[1:], x, bias, partial(differentiable, kernel)), 0
-
-
-def differentiable(kernel: NativeKernel, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The kernel's product recorded for gradients, x `[..., in]` plain or wrapped by a transform of `torch.func`."""
-    result: Tensor = _WithGradient.apply(kernel, x, bias)
-    return result
-
-
-def _over_batch(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    bias: Tensor | None,
-    product: Callable[[Tensor, Tensor | None], Tensor],
-) -> Tensor:
-    """A product vmapped over x and the bias, the batch first: x takes any dimensions, a bias that differs is added."""
-    x_dim, bias_dim = in_dims
-    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-    if bias is None or bias_dim is None:
-        return product(x, bias)
-    y = product(x, None)
-    return y + bias.movedim(bias_dim, 0).view(len(x), *[1] * (x.dim() - 2), -1).to(y.dtype)
 
 
 @torch.library.custom_op("padst::sparse_linear", mutates_args=())
@@ -242,7 +189,7 @@ def _(
     if image_dim is not None:
         raise ValueError("a sparse layer's image cannot be one of a batch")
     product = torch.ops.padst.sparse_linear
-    return _over_batch(info, (x_dim, bias_dim), x, bias, lambda u, b: product(u, image, b, out_features)), 0
+    return over_batch(info, (x_dim, bias_dim), x, bias, lambda u, b: product(u, image, b, out_features)), 0
 
 
 @torch.library.custom_op("padst::sparse_weight", mutates_args=())

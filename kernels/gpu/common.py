@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import wrap_triton
 
+from ..activations import BY_TORCH
 from ..plain import plain
 from .device import is_current
 
-ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
-"""What an epilogue can apply: nothing, GELU, its approximation by tanh (Hendrycks and Gimpel, 2016), SiLU."""
+ACTIVATIONS = ("", *BY_TORCH)
+"""What an epilogue can apply: nothing, or one of ../activations.py."""
 
 
 @dataclass(frozen=True)

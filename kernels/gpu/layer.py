@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from ..activations import activate
+from ..differentiable import differentiable
 from ..layout import Layout
+from ..plain import transformed
 from . import rules
 from .block import block_gradient, block_linear, transposed_index
 from .common import ACTIVATIONS
@@ -54,6 +58,7 @@ class TritonKernel:
             layout.structure, layout.parameters, layout.out_features, layout.in_features, layout.tensors
         )
         self._made = made if store is None else [*made, store]
+        self._in_features = layout.in_features
         self._operator: Any = OPERATORS[layout.structure][0]
         self._packed = (
             operands.values, operands.index, perm_in, store, layout.out_features, operands.parameters, False
@@ -63,7 +68,12 @@ class TritonKernel:
         """`[..., in] -> [..., out]` in the dtype of x; `activation` is one of common.ACTIVATIONS."""
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}, choose one of {ACTIVATIONS}")
-        result: Tensor = self._operator(x, None if bias is None else bias.to(x.dtype), *self._packed, activation)
+        bias = None if bias is None else bias.to(x.dtype)
+        if not is_compiling() and transformed(x):  # of which operators know nothing: tangents would be lost
+            return activate(
+                differentiable(_Product(self._operator, *self._packed, self._in_features), x, bias), activation
+            )
+        result: Tensor = self._operator(x, bias, *self._packed, activation)
         return result
 
     def prepare(self, dtype: torch.dtype) -> None:
@@ -77,6 +87,39 @@ class TritonKernel:
     def resident_bytes(self) -> int:
         """Bytes of what is held beside the packed tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._made)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A layer's product as `differentiable` takes it; with S transposed and the permutations exchanged its gradient."""
+
+    operator: Any
+    values: Tensor
+    index: list[Tensor]
+    perm_in: Tensor | None
+    store: Tensor | None
+    out_features: int
+    parameters: list[int]
+    transposed: bool
+    in_features: int
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        packed = self.values, self.index, self.perm_in, self.store, self.out_features, self.parameters, self.transposed
+        result: Tensor = self.operator(x, bias, *packed, "")
+        return result
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """`[..., out] -> [..., in]`."""
+        back = replace(
+            self,
+            perm_in=self.store,
+            store=self.perm_in,
+            out_features=self.in_features,
+            in_features=self.out_features,
+            transposed=not self.transposed,
+        )
+        return differentiable(back, dy, None)
 
 
 def operands_of(

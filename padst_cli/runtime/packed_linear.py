@@ -50,9 +50,9 @@ class PackedLinear(nn.Module):
     A layer is *compact* from its first call on, where compiled kernels serve it: their image holds the values and
     indices in the order they are read in, and the packed tensors are freed, so that `parameters()` and `buffers()` are
     without them. Whatever asks for these (an attribute, a state dict, a move or cast, a copy) gets them back bit for
-    bit, and the next call compacts again. Values put in their place for a call (`torch.func.functional_call`) are used,
-    through a dense weight. Threads may do
-    either at any time: a lock is held while tensors and image change places, and calls of a compact layer take none.
+    bit, and the next call compacts again. Threads may do either at any time: a lock is held while tensors and image
+    change places, and calls of a compact layer take none. Values put in their place for a call, as by
+    `torch.func.functional_call`, are used through a dense weight.
     """
 
     def __init__(
