@@ -5,8 +5,11 @@ rich is imported where it draws, so that `padst --help` does not pay for it here
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,11 +44,19 @@ _PLAIN_EVERY = 10.0
 
 
 class Console:
-    """What a command prints through: `json` puts exactly one object on stdout, `quiet` drops progress and messages."""
+    """What a command prints through: `json` puts exactly one object on stdout, `quiet` drops progress and messages.
+
+    Of several processes of one command (`torchrun`) the first alone prints on stdout. What the encoding of a stream
+    cannot write is replaced there, and escaped in JSON.
+    """
 
     def __init__(self, json: bool = False, quiet: bool = False) -> None:
         self.json = json
         self.quiet = quiet
+        self._leads = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
 
     def result(self, value: object, render: Callable[[], None] | None = None) -> None:
         """Print the result of the command: as JSON, or by calling `render`, or as a table of its fields.
@@ -53,9 +64,10 @@ class Console:
         `value` is a mapping, a dataclass, or anything with `to_json`. NaN and infinities become null in JSON.
         """
         fields = to_json(value)
+        if not self._leads:
+            return
         if self.json:
-            sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            self._write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=not _holds_all(sys.stdout)))
         elif render is not None:
             render()
         else:
@@ -70,9 +82,8 @@ class Console:
         """Print a user's error as one sentence on stderr (`quiet` does not hold it back), with `json` on stdout too."""
         from rich.text import Text
 
-        if self.json:
-            sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
-
+        if self.json and self._leads:
+            self._write(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         sentence = Text.assemble(("error: ", "bold red"), str(error))
         self._stderr().print(sentence, highlight=False, emoji=False, soft_wrap=True)
 
@@ -94,7 +105,7 @@ class Console:
             table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        if self.json and self.quiet:
+        if (self.json and self.quiet) or not self._leads:
             return
         console = self._stderr() if self.json else self._stdout()
         if title:  # over the table and not in it, where rich would fold it to the table's width
@@ -120,11 +131,23 @@ class Console:
             yield live
             live.close()
 
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
     def _stdout(self) -> rich.console.Console:
         return _rich(sys.stdout.isatty(), stderr=False)
 
     def _stderr(self) -> rich.console.Console:
         return _rich(sys.stderr.isatty(), stderr=True)
+
+
+def _holds_all(stream: Any) -> bool:
+    """Whether every character can be written to the stream."""
+    try:
+        return codecs.lookup(stream.encoding or "ascii").name.startswith("utf")
+    except (AttributeError, LookupError):
+        return False
 
 
 def to_json(value: object) -> dict[str, Any]:

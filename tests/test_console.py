@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +66,44 @@ def test_json_is_one_strict_object_and_all_else_on_stderr(capsys: pytest.Capture
     assert found == {"output": "out", "value": None, "layers": [{"density": 0.1, "error": None}], "other": None}
     for words in ("train", "a word", "title"):
         assert words in err
+
+
+def test_of_several_processes_the_first_alone_prints_results(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        for as_json in (True, False):
+            console = Console(json=as_json)
+            console.result({"a": 1}, render=lambda console=console: console.table("", ("a",), [("1",)]))
+            console.error(PadstError("wrong"))
+            captured = capsys.readouterr()
+            assert bool(captured.out) == bool(lines)
+            assert "wrong" in captured.err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Console(json=True).result({"a": 1})
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_streams_that_cannot_hold_every_character() -> None:
+    code = """
+from padst_cli.console import Console
+from padst_cli.errors import PadstError
+for as_json in (True, False):
+    console = Console(json=as_json)
+    console.result({"model": "m\u00f6 d\u00e9l"}, render=lambda: console.table("m\u00f6", ("n",), [("d\u00e9l",)]))
+    console.message("m\u00f6")
+    console.error(PadstError("m\u00f6"))
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split(b"}")[:2]
+    assert json.loads(first + b"}") == {"model": "m\u00f6 d\u00e9l"}
+    assert b"error" in second
+    assert b"m?" in done.stdout
+    assert b"m?" in done.stderr
 
 
 def test_human_result_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,16 +24,20 @@ def bench(
     layers_only: Annotated[bool, typer.Option("--layers-only", help="Leave the whole model out.")] = False,
     baseline: Annotated[str, typer.Option("--baseline", help="What to compare with: dense.")] = "dense",
     random_weights: Annotated[bool, typer.Option("--random-weights", help="MODEL needs only a config.json.")] = False,
-    structure: Annotated[str, typer.Option("--structure", help="With --random-weights.")] = "diag",
+    structure: Annotated[str | None, typer.Option("--structure", help="With --random-weights; default: diag.")] = None,
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", help="With --random-weights; default: that of --nm, else 0.9.")
     ] = None,
     nm: Annotated[str | None, typer.Option("--nm", help="With --random-weights: N:M.")] = None,
-    block_size: Annotated[int, typer.Option("--block-size", help="With --random-weights: 16, 32 or 64.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", help="With --random-weights: 16, 32 or 64; default: 16.")
+    ] = None,
     block_rows: Annotated[
-        str, typer.Option("--block-rows", help="With --random-weights: auto, even or free.")
-    ] = "auto",
-    band: Annotated[int, typer.Option("--band", help="With --random-weights: diagonals in runs of this many.")] = 1,
+        str | None, typer.Option("--block-rows", help="With --random-weights: auto, even or free; default: auto.")
+    ] = None,
+    band: Annotated[
+        int | None, typer.Option("--band", help="With --random-weights: diagonals in runs of this many; default: 1.")
+    ] = None,
     value_dtype: Annotated[
         str | None,
         typer.Option(
@@ -41,12 +45,15 @@ def bench(
         ),
     ] = None,
     permutation: Annotated[
-        str, typer.Option("--permutation", help="With --random-weights: random or none.")
-    ] = "random",
+        str | None, typer.Option("--permutation", help="With --random-weights: random or none; default: random.")
+    ] = None,
     side: Annotated[
-        str,
-        typer.Option("--side", help="With --random-weights: what is permuted: auto, both, smaller, input or output."),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--side",
+            help="With --random-weights: what is permuted: auto, both, smaller, input or output; default: auto.",
+        ),
+    ] = None,
     targets: Annotated[
         list[str] | None, typer.Option("--targets", help="With --random-weights: only these layers; may be repeated.")
     ] = None,
@@ -86,19 +93,24 @@ def bench(
             raise PadstError(f"--baseline '{baseline}' is unknown; the only baseline is dense")
         if chart is not None and (chart.suffix != ".svg" or chart.is_dir() or not chart.parent.is_dir()):
             raise PadstError(f"--chart '{chart}' is not the name of an .svg file in a folder that exists")
-        changes = {
+        made = {
             "structure": structure,
-            **({} if sparsity is None else {"sparsity": sparsity}),
+            "sparsity": sparsity,
             "nm": nm,
             "block_size": block_size,
             "block_rows": block_rows,
             "band": band,
             "permutation.kind": permutation,
             "permutation.side": side,
-            "targets": tuple(targets or ()),
-            "ignore": tuple(ignore or ()),
-            "seed": common.seed,
+            "targets": tuple(targets) if targets else None,
+            "ignore": tuple(ignore) if ignore else None,
         }
+        made = {key: value for key, value in made.items() if value is not None}
+        if not random_weights:
+            _refuse_unused(model, {**made, **({} if value_dtype is None else {"value_dtype": value_dtype})})
+        if layers_only and batch_size is not None and not train:
+            raise PadstError("--batch-size is that of whole models: it has no use with --layers-only")
+        changes = {"structure": "diag", "permutation.kind": "random", **made, "seed": common.seed}
         chosen = build_recipe(model, None, changes)
         with console.progress() as on_event:
             result = pipeline.bench(
@@ -121,6 +133,16 @@ def bench(
                 on_event=on_event,
             )
         console.result(result, render=lambda: _render(console, result))
+
+
+def _refuse_unused(model: str, made: dict[str, Any]) -> None:
+    """Raise `PadstError` for flags that say how random layers are made, where the model's own are timed."""
+    if made:
+        names = " and ".join(f"--{key.removesuffix('.kind').rpartition('.')[2].replace('_', '-')}" for key in made)
+        raise PadstError(
+            f"{names} {'say' if len(made) > 1 else 'says'} how layers are made with --random-weights; without it the "
+            f"layers of '{model}' are timed as they are"
+        )
 
 
 def _token_counts(text: str) -> tuple[int, ...]:

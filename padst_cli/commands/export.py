@@ -16,8 +16,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
     form: Annotated[str, typer.Option("--format", help="packed, or dense (loads without padst).")] = "packed",
     value_dtype: Annotated[
-        str, typer.Option("--value-dtype", help="float32, bfloat16 or float16 for packed values.")
-    ] = "float32",
+        str | None,
+        typer.Option("--value-dtype", help="float32, bfloat16 or float16 for packed values; default: float32."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, for example 5GB.")] = "5GB",
     data: Annotated[str | None, typer.Option("--data", help="Real input for the check; default: the run's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder written by padst.")] = False,

@@ -59,7 +59,7 @@ def export(
     output: Path | str,
     *,
     form: str = "packed",
-    value_dtype: str = "float32",
+    value_dtype: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     data: str | None = None,
@@ -69,12 +69,14 @@ def export(
 ) -> ExportResult:
     """Write the model in `folder` to `output` for others to load, open it again and compare.
 
-    `value_dtype` is that of packed values, `dtype` that of everything else (default: as stored). Raises `PadstError`
-    for a folder that is not padst's, an unstructured model in packed form, and an output in the way or at work in
-    another process; `CheckFailed` where the copy computes something else.
+    `value_dtype` is that of packed values (default: float32), `dtype` that of everything else (default: as stored).
+    Raises `PadstError` for a folder that is not padst's, an unstructured model in packed form, values' dtype for a
+    dense one, and an output in the way or at work in another process; `CheckFailed` where the copy computes something
+    else.
     """
     output = Path(output)
     _check_arguments(form, value_dtype, dtype, max_shard_size)
+    value_dtype = value_dtype or "float32"
     check_idle(output)
     check_output(output, overwrite=overwrite)
     source = open_source(str(folder))
@@ -98,12 +100,14 @@ def export(
     return replace(result, files=files)
 
 
-def _check_arguments(form: str, value_dtype: str, dtype: str | None, max_shard_size: str) -> None:
+def _check_arguments(form: str, value_dtype: str | None, dtype: str | None, max_shard_size: str) -> None:
     if form not in FORMATS:
         raise PadstError(f"--format '{form}' is unknown{nearest(form, FORMATS)}; choose {' or '.join(FORMATS)}")
     for flag, name in (("--value-dtype", value_dtype), ("--dtype", dtype)):
         if name is not None and name not in VALUE_DTYPES:
             raise PadstError(f"{flag} '{name}' is unknown; choose one of {', '.join(VALUE_DTYPES)}")
+    if form == "dense" and value_dtype is not None:
+        raise PadstError("--value-dtype is that of packed values: a dense checkpoint has none; give --dtype")
     check_shard_size(max_shard_size)
 
 

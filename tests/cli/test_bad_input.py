@@ -102,6 +102,12 @@ def test_export_does_not_replace_what_it_reads(padst: Padst, sparsified: Callabl
     [
         (("bench", "--tokens", "0"), "--tokens '0'"),
         (("bench", "--tokens", "\u00b2"), "--tokens '\u00b2'"),
+        (("bench", "--structure", "nm", "--value-dtype", "float16"), "--structure and --value-dtype say how layers"),
+        (("bench", "--permutation", "none"), "--permutation says how layers are made with --random-weights"),
+        (("bench", "--nm", "2:4"), "--nm says how layers"),
+        (("bench", "--ignore", "lm_head", "--targets", "x"), "--targets and --ignore say"),
+        (("bench", "--layers-only", "--batch-size", "7"), "no use with --layers-only"),
+        (("export", "--output", "new", "--format", "dense", "--value-dtype", "float16"), "give --dtype"),
         (("generate", "--prompt", ""), "the prompt is empty"),
         (("eval", "--data", "gone.txt"), "gone.txt"),
         (("eval", "--context", "0"), "context of 0"),
