@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from padst_cli.commands.common import Common, Model, comma_separated, common_flags
+from padst_cli.errors import PadstError
 
 if TYPE_CHECKING:
     from padst_cli.console import Console
@@ -42,6 +44,7 @@ def evaluate(
     with common.running() as console:
         from padst_cli import pipeline
 
+        _check_flags(tasks, {"--include-path": include_path, "--limit": limit}, {"context": context, "stride": stride})
         with console.progress() as on_event:
             result = pipeline.evaluate(
                 model,
@@ -61,6 +64,16 @@ def evaluate(
                 on_event=on_event,
             )
         console.result(result, render=lambda: _render(console, result))
+
+
+def _check_flags(tasks: str | None, of_tasks: Mapping[str, object], lengths: Mapping[str, int | None]) -> None:
+    """Raise `PadstError` for what no model could make right, before one is opened."""
+    for flag, value in of_tasks.items():
+        if tasks is None and value is not None:
+            raise PadstError(f"{flag} is for lm-eval's tasks: name some with --tasks, or leave it out")
+    for name, length in lengths.items():
+        if length is not None and length < 1:
+            raise PadstError(f"a {name} of {length} tokens is too short; use --{name} 1 or more")
 
 
 def _render(console: Console, result: EvaluateResult) -> None:
