@@ -161,6 +161,48 @@ def test_a_stop_before_training_can_be_resumed_as_it_says(
     assert {"calibrate", "train", "final"} <= set(phases)
 
 
+@pytest.mark.parametrize("changed", ["training", "held-out"])
+def test_resume_refuses_data_that_changed(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    texts = {"training": tmp_path / "train.txt", "held-out": tmp_path / "heldout.txt"}
+    for copy, text in zip(texts.values(), (train_text, heldout_text), strict=True):
+        copy.write_text(text.read_text())
+    folder = tmp_path / "run"
+    command = [*arguments(gpt2, *texts.values(), folder), "--steps", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "initialise", stop)
+        assert padst(*command).exit_code == 130
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    whole = texts[changed].read_text()
+    texts[changed].write_text(whole.replace("cat", "dog"))
+    said = padst.error(*command, "--resume")
+    assert f"the {changed} data '{texts[changed]}' changed since the run in '{folder}' began; put them back" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    texts[changed].write_text(whole)
+    assert padst.json(*command, "--resume")["steps"] == 2
+
+
+def test_a_run_of_a_version_without_digests_goes_on(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*arguments(gpt2, train_text, heldout_text, tmp_path / "run"), "--steps", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "initialise", stop)
+        assert padst(*command).exit_code == 130
+    progress = tmp_path / "run" / "state" / "progress.json"
+    found = json.loads(progress.read_text())
+    del found["digests"]
+    progress.write_text(json.dumps(found))
+    assert padst.json(*command, "--resume")["steps"] == 2
+
+
 @pytest.mark.parametrize("damage", [b"torn", None])
 def test_a_damaged_start_is_said_and_can_be_removed(
     padst: Padst,
