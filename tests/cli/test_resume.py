@@ -175,10 +175,9 @@ def test_resume_refuses_data_that_changed(
     for copy, text in zip(texts.values(), (train_text, heldout_text), strict=True):
         copy.write_text(text.read_text())
     folder = tmp_path / "run"
-    command = [*arguments(gpt2, *texts.values(), folder), "--steps", "2"]
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "initialise", stop)
-        assert padst(*command).exit_code == 130
+    command = arguments(gpt2, *texts.values(), folder)
+    monkeypatch.setattr(run, "initialise", stop)
+    assert padst(*command).exit_code == 130
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     whole = texts[changed].read_text()
     texts[changed].write_text(whole.replace("cat", "dog"))
@@ -186,21 +185,44 @@ def test_resume_refuses_data_that_changed(
     assert f"the {changed} data '{texts[changed]}' changed since the run in '{folder}' began; put them back" in said
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     texts[changed].write_text(whole)
-    assert padst.json(*command, "--resume")["steps"] == 2
+    assert padst(*command, "--resume").exit_code == 130, "it went on, as far as it goes here"
 
 
 def test_a_run_of_a_version_without_digests_goes_on(
     padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*arguments(gpt2, train_text, heldout_text, tmp_path / "run"), "--steps", "2"]
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "initialise", stop)
-        assert padst(*command).exit_code == 130
+    command = arguments(gpt2, train_text, heldout_text, tmp_path / "run")
+    monkeypatch.setattr(run, "initialise", stop)
+    assert padst(*command).exit_code == 130
     progress = tmp_path / "run" / "state" / "progress.json"
     found = json.loads(progress.read_text())
-    del found["digests"]
+    digests = found.pop("digests")
     progress.write_text(json.dumps(found))
-    assert padst.json(*command, "--resume")["steps"] == 2
+    assert padst(*command, "--resume").exit_code == 130, "it went on, as far as it goes here"
+    assert json.loads(progress.read_text())["digests"] == digests
+
+
+@pytest.mark.parametrize("output", ["out", None])
+def test_a_run_inside_the_folder_of_its_data_can_be_resumed(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str | None,
+) -> None:
+    (tmp_path / "train.txt").write_text(train_text.read_text())
+    monkeypatch.chdir(tmp_path)
+    command = arguments(gpt2, Path("."), heldout_text, Path("out"))
+    if output is None:
+        del command[command.index("--output") : command.index("--output") + 2]
+    monkeypatch.setattr(run, "initialise", stop)
+    said = padst(*command)
+    assert said.exit_code == 130, said.output
+    again = said.output.rpartition("go on with: padst ")[2].split()
+    assert again[-3:] == ["--output", output or "tiny-gpt2-diag-0.5", "--resume"]
+    assert padst(*again).exit_code == 130, "it went on, as far as it goes here"
 
 
 @pytest.mark.parametrize("damage", [b"torn", None])
