@@ -136,6 +136,11 @@ def sparsify(
     except (Interrupted, KeyboardInterrupt):
         if not begun:
             raise
+        if folder.is_finished:
+            folder.drop_state()
+            raise Interrupted(
+                f"interrupted when the run was finished: the result in '{folder.path}' is whole"
+            ) from None
         again = resume_command(model, folder.path, accelerator.num_processes)
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
 

@@ -255,6 +255,44 @@ def test_a_damaged_start_is_said_and_can_be_removed(
     assert start.is_file(), "calibrated anew"
 
 
+@pytest.mark.parametrize("late", ["rmtree", "wait"])
+def test_a_stop_after_the_result_is_whole_says_so(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: str,
+) -> None:
+    folder = tmp_path / "run"
+
+    def execute(*_: object) -> None:
+        made = RunFolder(folder).state / "checkpoint"
+        made.mkdir()
+        (made / "config.json").write_text("{}")
+        if late == "rmtree":
+            monkeypatch.setattr(RunFolder, "drop_state", once(RunFolder.drop_state))
+        RunFolder(folder).finish(made, {})
+        stop()
+
+    def once(then: Callable[[RunFolder], None]) -> Callable[[RunFolder], None]:
+        def stopped(_: RunFolder) -> None:
+            monkeypatch.setattr(RunFolder, "drop_state", then)
+            stop()
+
+        return stopped
+
+    monkeypatch.setattr(run._Run, "execute", execute)
+    command = [*arguments(gpt2, train_text, heldout_text, folder), "--quiet"]
+    result = padst(*command)
+    assert result.exit_code == 130
+    said = f"error: interrupted when the run was finished: the result in '{folder}' is whole"
+    assert result.output.splitlines() == [said]
+    assert sorted(file.name for file in folder.iterdir() if file.is_dir()) == []
+    assert "finished: nothing to resume" in padst.error(*command, "--resume")
+
+
 def test_progress_of_a_wrong_type_is_said(
     padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
