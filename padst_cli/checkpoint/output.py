@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Final
 
 from padst_cli.checkpoint.format import QUANT_METHOD
 from padst_cli.checkpoint.run_folder import LOG, PROGRESS, RECIPE, RESULTS, STATE, RunFolder
 from padst_cli.checkpoint.writer import check_place, check_vacant, is_vacant
 from padst_cli.errors import PadstError
+
+STUDY: Final = "study.yaml"
+CELLS: Final = "cells"
+"""What a study keeps in its folder from its first run on: itself, and a folder with one for each run."""
 
 _OF_A_RUN = (RESULTS, LOG, f"{STATE}/{PROGRESS}")
 
@@ -32,6 +37,14 @@ def check_apart(output: Path, inputs: dict[str, Path]) -> None:
     for what, path in inputs.items():
         if path.resolve().is_relative_to(output.resolve()):
             raise PadstError(f"output '{output}' holds the {what} '{path}'; name another folder with --output")
+
+
+def is_no_data(folder: Path) -> bool:
+    """Whether padst wrote a folder, which may lie among data: a run, finished or not, an export, or a study.
+
+    A run whose output lies in the folder of its data would else read, resumed, other data than it began with.
+    """
+    return is_own(folder) or ((folder / STUDY).is_file() and (folder / CELLS).is_dir())
 
 
 def is_own(folder: Path) -> bool:

@@ -55,6 +55,11 @@ class RunFolder:
         """Whether a run that can be resumed lies here."""
         return (self.state / PROGRESS).is_file()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run that is whole lies here."""
+        return not self.is_unfinished and (self.path / RESULTS).is_file()
+
     def begin(self, recipe_yaml: str) -> None:
         """Empty the folder and write the recipe and a first progress file."""
         if not self.main:
@@ -72,7 +77,7 @@ class RunFolder:
         """Raise `PadstError` unless an unfinished run lies here."""
         if self.is_unfinished:
             return
-        if (self.path / RESULTS).is_file():
+        if self.is_finished:
             raise PadstError(f"the run in '{self.path}' is finished: nothing to resume")
         raise PadstError(f"there is no unfinished run in '{self.path}' to resume")
 
@@ -150,4 +155,9 @@ class RunFolder:
         checkpoint.rmdir()
         # First what makes a run unfinished: the rest of the state is of no use without it.
         (self.state / PROGRESS).unlink()
-        shutil.rmtree(self.state)
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Remove the state of a finished run, or what a stop has left of it."""
+        if self.main and self.state.is_dir():
+            shutil.rmtree(self.state)

@@ -6,8 +6,9 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "heldout"]
 Modality = Literal["text", "image"]
+LeaveOut = Callable[[Path], bool]
 
 PYTHON_SOURCE = "python-source"
 HUB_PREFIX = "hf:"
@@ -75,8 +77,19 @@ def default_spec(task: str) -> str | None:
     return "hf:Salesforce/wikitext@wikitext-103-raw-v1" if task == "causal-lm" else None
 
 
+def nothing(folder: Path) -> bool:
+    """Leave no folder out."""
+    del folder
+    return False
+
+
 def load_corpus(
-    spec: str, *, split: Split, modality: Modality, label2id: Mapping[str, int] | None = None
+    spec: str,
+    *,
+    split: Split,
+    modality: Modality,
+    label2id: Mapping[str, int] | None = None,
+    leave_out: LeaveOut = nothing,
 ) -> TextCorpus | ImageCorpus:
     """Read what `--data` or `--eval-data` names (`CHOICES` lists the forms).
 
@@ -86,7 +99,8 @@ def load_corpus(
     twice.
 
     `label2id` holds the model's classes: it turns class names of an image set into numbers, and bounds the numbers.
-    Raises `PadstError` for what is missing, empty, unreadable or of the wrong modality.
+    `leave_out` says of a folder below the one that `spec` names that nothing in it is data. Raises `PadstError` for
+    what is missing, empty, unreadable or of the wrong modality.
     """
     from padst_cli.data import hub, images, texts
 
@@ -99,8 +113,8 @@ def load_corpus(
     if spec.startswith(HUB_PREFIX):
         return hub.load(spec, split=split, modality=modality, label2id=label2id)
     if modality == "image":
-        return images.load(spec, split=split, label2id=label2id)
-    return texts.load(spec, split=split)
+        return images.load(spec, split=split, label2id=label2id, leave_out=leave_out)
+    return texts.load(spec, split=split, leave_out=leave_out)
 
 
 def place_of(spec: str) -> Path | None:
@@ -109,6 +123,16 @@ def place_of(spec: str) -> Path | None:
         return None
     path = Path(spec)
     return path if path.exists() else Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+
+
+def data_files(root: Path, files: Iterable[Path], leave_out: LeaveOut) -> list[Path]:
+    """Those of `files` that lie in no folder below `root` that is to be left out, sorted."""
+    is_left_out = cache(leave_out)
+    return sorted(
+        file
+        for file in files
+        if not any(is_left_out(root / folder) for folder in list(file.relative_to(root).parents)[:-1])
+    )
 
 
 def text_corpus(name: str, documents: Iterable[str], split: str) -> TextCorpus:

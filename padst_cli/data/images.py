@@ -9,28 +9,30 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from padst_cli.data.corpus import CHOICES, ImageCorpus
+from padst_cli.data.corpus import CHOICES, ImageCorpus, LeaveOut, data_files, nothing, place_of
 from padst_cli.errors import PadstError, nearest
 
 LABELS_FILE = "labels.csv"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
-def load(spec: str, *, split: str, label2id: Mapping[str, int] | None) -> ImageCorpus:
+def load(spec: str, *, split: str, label2id: Mapping[str, int] | None, leave_out: LeaveOut = nothing) -> ImageCorpus:
     """Read a folder of images with `labels.csv`, one with a folder for each class, or images without labels.
 
     `labels.csv` has the columns `file` (relative to the folder) and `label` (a class number, or a class name that
     `label2id` knows). Class folders are taken by name where `label2id` knows all of them, by number where all are
-    numbers, else in alphabetical order, if the model has exactly as many classes. Raises `PadstError` for missing files
-    and unknown labels.
+    numbers, else in alphabetical order, if the model has exactly as many classes. Folders that `leave_out` names hold
+    no images, unless `labels.csv` says so. Raises `PadstError` for missing files and unknown labels.
     """
     root = Path(spec)
     if not root.is_dir():
-        return _unlabelled(spec, _matching(spec), split)
+        return _unlabelled(spec, _matching(spec, leave_out), split)
     if (root / LABELS_FILE).is_file():
         files, labels = _from_table(root, label2id)
         return _corpus(spec, root, files, labels, split)
-    classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and _images_under(folder))
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    inside = {folder: data_files(root, _images_under(folder), leave_out) for folder in folders}
+    classes = [folder for folder in folders if inside[folder]]
     loose = sorted(file for file in root.iterdir() if _is_image(file))
     if loose and classes:
         # Images beside class folders, or plain subfolders: no reading of that as labels is safe.
@@ -42,9 +44,8 @@ def load(spec: str, *, split: str, label2id: Mapping[str, int] | None) -> ImageC
     numbers = class_numbers([folder.name for folder in classes], label2id, where=f"'{spec}'")
     files, labels = [], []
     for folder, number in zip(classes, numbers, strict=True):
-        inside = _images_under(folder)
-        files += inside
-        labels += [number] * len(inside)
+        files += inside[folder]
+        labels += [number] * len(inside[folder])
     return _corpus(spec, root, files, labels, split)
 
 
@@ -122,14 +123,14 @@ def _is_image(path: Path) -> bool:
 
 
 def _images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _is_image(path))
+    return [path for path in folder.rglob("*") if _is_image(path)]
 
 
-def _matching(spec: str) -> list[Path]:
+def _matching(spec: str, leave_out: LeaveOut) -> list[Path]:
     if not Path(spec).exists() and not glob.has_magic(spec):
         raise PadstError(f"there is no folder '{spec}'; give --data {CHOICES}")
     matches = [Path(spec)] if Path(spec).exists() else [Path(match) for match in glob.glob(spec, recursive=True)]
-    return sorted(path for path in matches if _is_image(path))
+    return data_files(place_of(spec) or Path(), (path for path in matches if _is_image(path)), leave_out)
 
 
 def _unlabelled(spec: str, files: list[Path], split: str) -> ImageCorpus:

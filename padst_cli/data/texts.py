@@ -7,19 +7,19 @@ import json
 import re
 from pathlib import Path
 
-from padst_cli.data.corpus import CHOICES, TextCorpus, text_corpus
+from padst_cli.data.corpus import CHOICES, LeaveOut, TextCorpus, data_files, nothing, place_of, text_corpus
 from padst_cli.errors import PadstError
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
-def load(spec: str, *, split: str) -> TextCorpus:
+def load(spec: str, *, split: str, leave_out: LeaveOut = nothing) -> TextCorpus:
     """Read a text file, every file of a folder (and its subfolders) or of a glob, in the order of their paths.
 
     A file is one document; of a `.jsonl` file every line's `text` is one, in which half a surrogate pair (JSON can
     escape one, tokenizers take none) becomes U+FFFD, as where text is decoded. In a folder or a glob hidden files and
-    files that are not UTF-8 text are left out; a file that is named itself must be readable. Raises `PadstError`
-    otherwise.
+    files that are not UTF-8 text are left out, and so are the folders below that `leave_out` names; a file that is
+    named itself must be readable. Raises `PadstError` otherwise.
     """
     path = Path(spec)
     if path.is_file():
@@ -32,7 +32,7 @@ def load(spec: str, *, split: str) -> TextCorpus:
         files = [Path(match) for match in glob.glob(spec, recursive=True)]
     else:
         raise PadstError(f"there is no file or folder '{spec}'; give --data {CHOICES}")
-    files = sorted(file for file in files if file.is_file())
+    files = data_files(place_of(spec) or path, (file for file in files if file.is_file()), leave_out)
     if not files:
         raise PadstError(f"no file matches '{spec}'; give --data {CHOICES}")
     return text_corpus(spec, [document for file in files for document in _documents(file, required=False)], split)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from padst_cli.checkpoint.format import VALUE_DTYPES
 from padst_cli.checkpoint.lock import at_work, check_idle
-from padst_cli.checkpoint.output import check_apart, check_output
+from padst_cli.checkpoint.output import check_apart, check_output, is_no_data
 from padst_cli.checkpoint.reader import Source, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.checkpoint.writer import atomic_folder, check_shard_size, copy_processor_files, write_model
@@ -134,7 +134,7 @@ def _real_input(
     if spec is None:
         raise PadstError(f"'{source.name}' names no data to check the export on; give some with --data")
     labels = getattr(source.config, "label2id", None)
-    corpus = load_corpus(spec, split="heldout", modality=source.modality, label2id=labels)
+    corpus = load_corpus(spec, split="heldout", modality=source.modality, label2id=labels, leave_out=is_no_data)
     items: TokenWindows | ImageItems
     if isinstance(corpus, TextCorpus):
         positions = getattr(source.config, "max_position_embeddings", CHECK_TOKENS)

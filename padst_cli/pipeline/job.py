@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from padst_cli.checkpoint.output import is_no_data
 from padst_cli.checkpoint.reader import Source, load_processor, open_source
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
 from padst_cli.data.items import ImageItems, TokenWindows, collate, step_indices, token_frame, vocabulary_size
@@ -87,8 +89,8 @@ def open_job(model: str, recipe: Recipe) -> Job:
         kind = "tokenizer" if source.modality == "text" else "image processor"
         raise PadstError(f"checkpoint '{source.name}' has no {kind}; put its files into the folder")
     labels = getattr(source.config, "label2id", None)
-    train = load_corpus(recipe.data, split="train", modality=source.modality, label2id=labels)
-    heldout = load_corpus(recipe.eval_data, split="heldout", modality=source.modality, label2id=labels)
+    load = partial(load_corpus, modality=source.modality, label2id=labels, leave_out=is_no_data)
+    train, heldout = load(recipe.data, split="train"), load(recipe.eval_data, split="heldout")
     return Job(recipe, source, processor, plan, _items(source, recipe, processor, train), train, heldout)
 
 

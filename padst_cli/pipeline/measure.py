@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from padst_cli.checkpoint.output import is_no_data
 from padst_cli.checkpoint.reader import Source, load_dense, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
@@ -116,7 +117,7 @@ def _corpus(source: Source, data: str | None) -> TextCorpus | ImageCorpus:
     if spec is None:
         raise PadstError(f"a model of task {source.task} needs --data: what should it be measured on?")
     labels = getattr(source.config, "label2id", None)
-    return load_corpus(spec, split="heldout", modality=source.modality, label2id=labels)
+    return load_corpus(spec, split="heldout", modality=source.modality, label2id=labels, leave_out=is_no_data)
 
 
 def _reference(loaded: Loaded, second: Loaded | None) -> torch.nn.Module | None:

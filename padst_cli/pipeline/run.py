@@ -48,10 +48,12 @@ from padst_cli.tying import untie
 class _Found:
     """What the sessions of a run have found so far: its progress file.
 
-    Evaluations by phase, densities by layer where the data decide them, and the seconds that it took.
+    Evaluations by phase, densities by layer where the data decide them, the seconds that it took, and the digests of
+    the data that all of it comes from (none in what a version before them began).
     """
 
     seconds: float = 0.0
+    digests: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, EvalResult] = field(default_factory=dict)
     densities: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
@@ -134,6 +136,11 @@ def sparsify(
     except (Interrupted, KeyboardInterrupt):
         if not begun:
             raise
+        if folder.is_finished:
+            folder.drop_state()
+            raise Interrupted(
+                f"interrupted when the run was finished: the result in '{folder.path}' is whole"
+            ) from None
         again = resume_command(model, folder.path, accelerator.num_processes)
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
 
@@ -217,6 +224,7 @@ class _Run:
         self.command = command
         self.found: _Found = folder.load_progress(_Found)
         self.began = time.perf_counter() - self.found.seconds
+        self._check_same_data()
 
     def execute(self, teacher: nn.Module) -> SparsifyResult:
         set_seed(self.recipe.seed)
@@ -374,6 +382,18 @@ class _Run:
         return self.recipe.training.max_seq_length if self.job.source.modality == "text" else 1
 
     # -- bookkeeping -------------------------------------------------------------------------------------------
+
+    def _check_same_data(self) -> None:
+        """Keep the digests of the data; raise `PadstError` where an earlier session saw others under the same name."""
+        data = {"training data": self.job.train_corpus, "held-out data": self.job.heldout}
+        for what, corpus in data.items():
+            if self.found.digests.get(what, corpus.digest) != corpus.digest:
+                raise PadstError(
+                    f"the {what} '{corpus.name}' changed since the run in '{self.folder.path}' began; "
+                    "put them back as they were and resume, or start anew with --overwrite"
+                )
+        self.found.digests = {what: corpus.digest for what, corpus in data.items()}
+        self._save_progress()
 
     def event(self, event: Event) -> None:
         """Log an event and pass it on to the listener (on the main process)."""

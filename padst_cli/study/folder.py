@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from padst_cli.checkpoint.lock import holding
+from padst_cli.checkpoint.output import CELLS, STUDY
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.checkpoint.stored import Form, read_stored
 from padst_cli.checkpoint.writer import LOCK, check_place, make_folder, write_atomically
@@ -29,7 +30,6 @@ from padst_cli.study.cells import Cell
 from padst_cli.study.figures import CellFigures, read_figures
 from padst_cli.study.recipe import StudyRecipe
 
-STUDY: Final = "study.yaml"
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -128,9 +128,9 @@ def open_cells(output: Path, study: StudyRecipe, cells: list[Cell], overwrite: b
 
     Raises `PadstError` where cells of the same place were run with other recipes.
     """
-    folders = [CellFolder(output / "cells" / cell.name, cell) for cell in cells]
+    folders = [CellFolder(output / CELLS / cell.name, cell) for cell in cells]
     if overwrite:
-        shutil.rmtree(output / "cells", ignore_errors=True)
+        shutil.rmtree(output / CELLS, ignore_errors=True)
     for folder in folders:
         folder.check()
     write_atomically(output / STUDY, study.to_yaml())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from padst_cli.checkpoint.output import check_apart, check_output, is_own
+from padst_cli.checkpoint.output import check_apart, check_output, is_no_data, is_own
 from padst_cli.checkpoint.run_folder import RunFolder
 from padst_cli.errors import PadstError
 
@@ -62,6 +62,17 @@ def test_an_unfinished_run_may_be_resumed_or_overwritten(tmp_path):
     check_output(folder.path, overwrite=True)
     with pytest.raises(PadstError, match="--resume goes on"):
         check_output(folder.path, overwrite=False)
+
+
+def test_what_padst_wrote_is_no_data(tmp_path):
+    RunFolder(tmp_path / "run").begin("structure: diag\n")
+    folder_of(tmp_path / "study", study__yaml="")
+    assert is_no_data(tmp_path / "run")
+    assert is_no_data(folder_of(tmp_path / "packed", config__json=PACKED))
+    assert not is_no_data(tmp_path / "study"), "a recipe of the user's, perhaps"
+    (tmp_path / "study" / "cells").mkdir()
+    assert is_no_data(tmp_path / "study")
+    assert not is_no_data(tmp_path)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -161,6 +161,70 @@ def test_a_stop_before_training_can_be_resumed_as_it_says(
     assert {"calibrate", "train", "final"} <= set(phases)
 
 
+@pytest.mark.parametrize("changed", ["training", "held-out"])
+def test_resume_refuses_data_that_changed(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    texts = {"training": tmp_path / "train.txt", "held-out": tmp_path / "heldout.txt"}
+    for copy, text in zip(texts.values(), (train_text, heldout_text), strict=True):
+        copy.write_text(text.read_text())
+    folder = tmp_path / "run"
+    command = arguments(gpt2, *texts.values(), folder)
+    monkeypatch.setattr(run, "initialise", stop)
+    assert padst(*command).exit_code == 130
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    whole = texts[changed].read_text()
+    texts[changed].write_text(whole.replace("cat", "dog"))
+    said = padst.error(*command, "--resume")
+    assert f"the {changed} data '{texts[changed]}' changed since the run in '{folder}' began; put them back" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    texts[changed].write_text(whole)
+    assert padst(*command, "--resume").exit_code == 130, "it went on, as far as it goes here"
+
+
+def test_a_run_of_a_version_without_digests_goes_on(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(gpt2, train_text, heldout_text, tmp_path / "run")
+    monkeypatch.setattr(run, "initialise", stop)
+    assert padst(*command).exit_code == 130
+    progress = tmp_path / "run" / "state" / "progress.json"
+    found = json.loads(progress.read_text())
+    digests = found.pop("digests")
+    progress.write_text(json.dumps(found))
+    assert padst(*command, "--resume").exit_code == 130, "it went on, as far as it goes here"
+    assert json.loads(progress.read_text())["digests"] == digests
+
+
+@pytest.mark.parametrize("output", ["out", None])
+def test_a_run_inside_the_folder_of_its_data_can_be_resumed(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str | None,
+) -> None:
+    (tmp_path / "train.txt").write_text(train_text.read_text())
+    monkeypatch.chdir(tmp_path)
+    command = arguments(gpt2, Path("."), heldout_text, Path("out"))
+    if output is None:
+        del command[command.index("--output") : command.index("--output") + 2]
+    monkeypatch.setattr(run, "initialise", stop)
+    said = padst(*command)
+    assert said.exit_code == 130, said.output
+    again = said.output.rpartition("go on with: padst ")[2].split()
+    assert again[-3:] == ["--output", output or "tiny-gpt2-diag-0.5", "--resume"]
+    assert padst(*again).exit_code == 130, "it went on, as far as it goes here"
+
+
 @pytest.mark.parametrize("damage", [b"torn", None])
 def test_a_damaged_start_is_said_and_can_be_removed(
     padst: Padst,
@@ -189,6 +253,44 @@ def test_a_damaged_start_is_said_and_can_be_removed(
         patched.setattr(run, "sparsify_modules", stop)
         assert padst(*command, "--resume").exit_code == 130
     assert start.is_file(), "calibrated anew"
+
+
+@pytest.mark.parametrize("late", ["rmtree", "wait"])
+def test_a_stop_after_the_result_is_whole_says_so(
+    padst: Padst,
+    gpt2: Path,
+    train_text: Path,
+    heldout_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: str,
+) -> None:
+    folder = tmp_path / "run"
+
+    def execute(*_: object) -> None:
+        made = RunFolder(folder).state / "checkpoint"
+        made.mkdir()
+        (made / "config.json").write_text("{}")
+        if late == "rmtree":
+            monkeypatch.setattr(RunFolder, "drop_state", once(RunFolder.drop_state))
+        RunFolder(folder).finish(made, {})
+        stop()
+
+    def once(then: Callable[[RunFolder], None]) -> Callable[[RunFolder], None]:
+        def stopped(_: RunFolder) -> None:
+            monkeypatch.setattr(RunFolder, "drop_state", then)
+            stop()
+
+        return stopped
+
+    monkeypatch.setattr(run._Run, "execute", execute)
+    command = [*arguments(gpt2, train_text, heldout_text, folder), "--quiet"]
+    result = padst(*command)
+    assert result.exit_code == 130
+    said = f"error: interrupted when the run was finished: the result in '{folder}' is whole"
+    assert result.output.splitlines() == [said]
+    assert sorted(file.name for file in folder.iterdir() if file.is_dir()) == []
+    assert "finished: nothing to resume" in padst.error(*command, "--resume")
 
 
 def test_progress_of_a_wrong_type_is_said(

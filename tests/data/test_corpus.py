@@ -43,6 +43,21 @@ def test_a_folder_is_read_in_path_order_without_hidden_and_binary_files(tmp_path
     assert load_text(tmp_path / "**" / "*.md").documents == ("first",)
 
 
+def test_folders_to_be_left_out_are_those_below_the_data(tmp_path: Path) -> None:
+    for name in ("a.txt", "out/log.txt", "out/deep/log.txt", "other/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def documents(spec: object) -> tuple[str, ...]:
+        loaded = load_corpus(str(spec), split="train", modality="text", leave_out=lambda path: path.name == "out")
+        assert isinstance(loaded, TextCorpus)
+        return loaded.documents
+
+    assert documents(tmp_path) == documents(tmp_path / "**") == ("a.txt", "other/b.txt")
+    assert documents(tmp_path / "*" / "*.txt") == ("other/b.txt",)
+    assert documents(tmp_path / "out") == documents(tmp_path / "out" / "**") == ("out/deep/log.txt", "out/log.txt")
+
+
 def test_an_existing_name_with_glob_characters_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("kept")
     assert load_text(tmp_path / "a[1].txt").documents == ("kept",)

@@ -99,6 +99,18 @@ def test_images_without_classes_have_no_labels(tmp_path: Path) -> None:
     assert len(load_images(tmp_path / "0.png").files) == 1
 
 
+def test_folders_to_be_left_out_hold_no_class(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/out/b.png", "out/c.png"):
+        draw(tmp_path / name)
+
+    def found(spec: object) -> list[str]:
+        loaded = load_corpus(str(spec), split="train", modality="image", leave_out=lambda path: path.name == "out")
+        return [file.relative_to(tmp_path).as_posix() for file in loaded.files if isinstance(file, Path)]
+
+    assert found(tmp_path) == found(tmp_path / "**") == ["cat/a.png"]
+    assert found(tmp_path / "out") == ["out/c.png"]
+
+
 @pytest.mark.parametrize("spec", ["", "nothing", "*.png", "notes.txt"])
 def test_data_without_an_image_is_refused(tmp_path: Path, spec: str) -> None:
     (tmp_path / "notes.txt").write_text("no image")
