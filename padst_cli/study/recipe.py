@@ -86,7 +86,8 @@ class StudyModel(Strict):
     @classmethod
     def _named(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("model"), str) and not raw.get("name"):
-            return raw | {"name": raw["model"].rstrip("/").rpartition("/")[2]}
+            last = raw["model"].rstrip("/").rpartition("/")[2]
+            return raw | {"name": re.sub(r"[^\w.-]+", "-", last).lstrip(".")}
         return raw
 
     @field_validator("name")

@@ -101,6 +101,14 @@ def test_a_file_and_what_is_laid_over_it(tmp_path: Path) -> None:
         load_study("study-smal", {})
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("a/my model+", "my-model-"), ("a/mö dél", "mö-dél"), ("./.hidden/", "hidden"), ("m.v-1_2", "m.v-1_2")],
+)
+def test_a_model_is_named_after_its_folder_in_what_file_names_take(model: str, name: str) -> None:
+    assert load_study(None, {"models": [{"model": model}]}).models[0].name == name
+
+
 def test_a_dtype_holds_for_every_run():
     study = load_study(None, {**ONE, "recipe": {"eval_samples": 5}}, "bfloat16")
     assert dict(study.recipe) == {"eval_samples": 5, "dtype": "bfloat16"}
