@@ -71,8 +71,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether x is at hand, with its memory and nobody looking: not while a graph is traced, nor in forward mode."""
-    return plain(x) and forward_ad._current_level < 0
+    """Whether x is at hand, with its memory and nobody looking: not while a graph is traced, nor with a tangent."""
+    return plain(x) and (forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None)
 
 
 def launcher(kernel: Any, x: Tensor) -> Any:

@@ -215,7 +215,8 @@ def test_the_operator_is_gone_through_where_somebody_looks():
     with Mode():
         assert not direct(x)
     with forward_ad.dual_level():
-        assert not direct(x)
+        assert not direct(forward_ad.make_dual(x, x))
+        assert direct(x)
     assert direct(x)
 
 
