@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from padst_cli.errors import PadstError
+from padst_cli.errors import PadstError, no_space
 from padst_cli.events import (
     CalibrationProgress,
     CellFinished,
@@ -40,6 +41,21 @@ _PLAIN_EVERY = 10.0
 """Seconds between progress lines where stderr is no terminal."""
 
 
+@contextmanager
+def _full_stdout_told() -> Iterator[None]:
+    """Raise `PadstError` where stdout goes to a file on a full disk; nothing more is written there."""
+    try:
+        yield
+    except OSError as error:
+        said = no_space(error)
+        if said is None:
+            raise
+        # What is left in the buffer would fail again, at the latest when Python ends.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise PadstError(f"the result cannot be printed: {said}; free some, or send stdout elsewhere") from None
+
+
 class Console:
     """What a command prints through: `json` puts exactly one object on stdout, `quiet` drops progress and messages."""
 
@@ -53,13 +69,14 @@ class Console:
         `value` is a mapping, a dataclass, or anything with `to_json`. NaN and infinities become null in JSON.
         """
         fields = to_json(value)
-        if self.json:
-            sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        with _full_stdout_told():
+            if self.json:
+                sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            elif render is not None:
+                render()
+            else:
+                self.table("", ("", ""), [(key.replace("_", " "), _plain(entry)) for key, entry in fields.items()])
             sys.stdout.flush()
-        elif render is not None:
-            render()
-        else:
-            self.table("", ("", ""), [(key.replace("_", " "), _plain(entry)) for key, entry in fields.items()])
 
     def message(self, text: str) -> None:
         """Say something on stderr that the user should read once."""
