@@ -18,7 +18,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from padst_cli.errors import PadstError
+from padst_cli.errors import PadstError, no_space
 from padst_cli.events import (
     CalibrationProgress,
     CellFinished,
@@ -41,6 +41,21 @@ _UNCUT = 240
 """Columns of a table that goes into a pipe or a file: wide enough that no layer name is cut."""
 _PLAIN_EVERY = 10.0
 """Seconds between progress lines where stderr is no terminal."""
+
+
+@contextmanager
+def _full_stdout_told() -> Iterator[None]:
+    """Raise `PadstError` where stdout goes to a file on a full disk; nothing more is written there."""
+    try:
+        yield
+    except OSError as error:
+        said = no_space(error)
+        if said is None:
+            raise
+        # What is left in the buffer would fail again, at the latest when Python ends.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise PadstError(f"the result cannot be printed: {said}; free some, or send stdout elsewhere") from None
 
 
 class Console:
@@ -66,12 +81,14 @@ class Console:
         fields = to_json(value)
         if not self._leads:
             return
-        if self.json:
-            self._write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=not _holds_all(sys.stdout)))
-        elif render is not None:
-            render()
-        else:
-            self.table("", ("", ""), [(key.replace("_", " "), _plain(entry)) for key, entry in fields.items()])
+        with _full_stdout_told():
+            if self.json:
+                self._write(json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=not _holds_all(sys.stdout)))
+            elif render is not None:
+                render()
+            else:
+                self.table("", ("", ""), [(key.replace("_", " "), _plain(entry)) for key, entry in fields.items()])
+            sys.stdout.flush()
 
     def message(self, text: str) -> None:
         """Say something on stderr that the user should read once."""

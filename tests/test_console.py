@@ -265,3 +265,14 @@ def test_importing_the_console_does_not_import_rich() -> None:
 
     code = "import sys; import padst_cli.console; assert not any(m.split('.')[0] == 'rich' for m in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_full_disk_behind_stdout_is_one_sentence(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        console = Console(json=as_json)
+        with pytest.raises(PadstError, match="cannot be printed: no space left on device; free some, or send stdout"):
+            console.result({"layers": 3})
+        console.error(PadstError("said on stderr, too"))

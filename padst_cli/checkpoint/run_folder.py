@@ -70,8 +70,14 @@ class RunFolder:
                 whole.unlink(missing_ok=True)
             empty_folder(self.path, last=(RESULTS, LOG, RECIPE))
         make_folder(self.state, self.path)
-        write_atomically(self.path / RECIPE, recipe_yaml)
-        self.save_progress({})
+        try:
+            write_atomically(self.path / RECIPE, recipe_yaml)
+            self.save_progress({})
+        except BaseException:
+            # Half of this looks like nobody's, and would be in the way of the next attempt.
+            shutil.rmtree(self.state, ignore_errors=True)
+            (self.path / RECIPE).unlink(missing_ok=True)
+            raise
 
     def check_resumable(self) -> None:
         """Raise `PadstError` unless an unfinished run lies here."""

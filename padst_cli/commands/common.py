@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from padst_cli.console import Console
-from padst_cli.errors import Interrupted, PadstError
+from padst_cli.errors import Interrupted, PadstError, no_space
 from padst_cli.runtime.environment import check_environment
 
 Command = Callable[..., Any]
@@ -28,8 +28,6 @@ _REFUSED = frozenset(
         errno.EACCES,
         errno.EPERM,
         errno.EROFS,
-        errno.ENOSPC,
-        errno.EDQUOT,
         errno.ENOTDIR,
         errno.ENAMETOOLONG,
     }
@@ -92,14 +90,25 @@ class Common:
             found = error
         except KeyboardInterrupt:
             found = Interrupted("interrupted; nothing is left half-written")
-        except OSError as error:
-            if error.errno not in _REFUSED or error.filename is None:
+        except Exception as error:
+            told = _refusal(error)
+            if told is None:
                 raise
-            found = PadstError(f"'{error.filename}' cannot be used: {error.strerror}; name another with its flag")
+            found = told
         else:
             return
         console.error(found)
         raise typer.Exit(found.exit_code) from None
+
+
+def _refusal(error: Exception) -> PadstError | None:
+    """What to tell of an error that the system made, whatever padst does; None of any other."""
+    full = no_space(error)
+    if full is not None:  # of a write, which names no file
+        return PadstError(f"{full}; free some, then start the command again")
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+        return PadstError(f"'{error.filename}' cannot be used: {error.strerror}; name another with its flag")
+    return None
 
 
 @contextmanager

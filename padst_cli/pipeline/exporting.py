@@ -17,7 +17,7 @@ from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.checkpoint.writer import atomic_folder, check_shard_size, copy_processor_files, write_model
 from padst_cli.data.corpus import TextCorpus, load_corpus
 from padst_cli.data.items import ImageItems, TokenWindows, collate, vocabulary_size
-from padst_cli.errors import CheckFailed, PadstError, nearest
+from padst_cli.errors import CheckFailed, PadstError, full_disk_told, nearest
 from padst_cli.events import OnEvent, PhaseStarted, ignore
 from padst_cli.pipeline.cards import run_results, write_export_card
 from padst_cli.pipeline.planning import checkpoint_dtype
@@ -91,7 +91,8 @@ def export(
     reference = densify(trained.model)
     on_event(PhaseStarted("write and check"))
     model = _converted(trained.model, form, value_dtype, dtype)
-    with at_work(output), atomic_folder(output, overwrite=overwrite) as temporary:
+    told = full_disk_told(output, "start the export again")
+    with told, at_work(output), atomic_folder(output, overwrite=overwrite) as temporary:
         write_model(model, temporary, max_shard_size=max_shard_size)
         copy_processor_files(source.folder, temporary)
         result = _verify(temporary, output, reference, batch, checked_on, form, value_dtype, device, dense_parameters)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.data.corpus import place_of
 from padst_cli.data.items import collate
 from padst_cli.document import dotted
-from padst_cli.errors import Interrupted, PadstError
+from padst_cli.errors import Interrupted, PadstError, full_disk_told
 from padst_cli.evaluation import EvalResult, evaluate_model
 from padst_cli.events import Evaluated, Event, OnEvent, PhaseStarted, ignore
 from padst_cli.initialise import LayerStart, allocate, initialise
@@ -113,6 +112,7 @@ def sparsify(
     # No process may create the folder before all have looked whether it is free.
     accelerator.wait_for_everyone()
     begun = resume
+    again = resume_command(model, folder.path, accelerator.num_processes)
     try:
         job = open_job(model, recipe)
         check_apart(folder.path, _inputs_of(job))
@@ -125,23 +125,22 @@ def sparsify(
         # Asked again, for another run may have come and gone meanwhile.
         check = folder.check_resumable if resume else partial(check_output, folder.path, overwrite=overwrite)
         with _at_work(folder, check):
-            if resume:
-                folder.mend_log()
-            else:
+            if not resume:
                 folder.begin(job.recipe.to_yaml())
                 begun = True
-            accelerator.wait_for_everyone()
-            run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
-            return run.execute(teacher)
+            with full_disk_told(folder.path, f"go on with: {again}"):
+                if resume:
+                    folder.mend_log()
+                accelerator.wait_for_everyone()
+                run = _Run(job, folder, accelerator, on_event, command or f"padst sparsify {shlex.quote(model)}")
+                return run.execute(teacher)
     except (Interrupted, KeyboardInterrupt):
         if not begun:
             raise
         if folder.is_finished:
             folder.drop_state()
-            raise Interrupted(
-                f"interrupted when the run was finished: the result in '{folder.path}' is whole"
-            ) from None
-        again = resume_command(model, folder.path, accelerator.num_processes)
+            whole = f"the result in '{folder.path}' is whole"
+            raise Interrupted(f"interrupted when the run was finished: {whole}") from None
         raise Interrupted(f"interrupted, the state is saved; go on with: {again}") from None
 
 
@@ -415,11 +414,16 @@ def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:
         name: {key: value for key, value in vars(start).items() if key not in ("name", "structure")}
         for name, start in starts.items()
     }
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".start", delete=False) as handle:
-        torch.save(raw, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    Path(handle.name).replace(path)
+    unfinished = path.with_suffix(".pt.partial")
+    try:
+        with unfinished.open("wb") as handle:
+            torch.save(raw, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
 from padst_cli.checkpoint.stored import Form, read_stored
 from padst_cli.checkpoint.writer import LOCK, check_place, make_folder, write_atomically
 from padst_cli.document import dotted
-from padst_cli.errors import PadstError
+from padst_cli.errors import PadstError, no_space
 from padst_cli.recipe import load_recipe
 from padst_cli.study.cells import Cell
 from padst_cli.study.figures import CellFigures, read_figures
@@ -98,7 +98,12 @@ class CellFolder:
     def saw_peak(self, peak_bytes: int) -> None:
         """Keep the most memory that any process of this cell had."""
         peak = _Peak(max(peak_bytes, self._peak_bytes() or 0))
-        write_atomically(self._peak, json.dumps(asdict(peak)))
+        try:
+            write_atomically(self._peak, json.dumps(asdict(peak)))
+        except OSError as error:
+            # A figure is lost; its runs, which may be told to save and stop just now, need not be.
+            if no_space(error) is None:
+                raise
 
     def settle(self, keep_weights: bool) -> bool:
         """Take the figures of a run that is whole; False where there is none."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from padst_cli.checkpoint.writer import write_atomically
+from padst_cli.errors import full_disk_told
 from padst_cli.events import OnEvent, ignore
 from padst_cli.study.cells import expand
 from padst_cli.study.chart import study_chart
@@ -57,7 +58,8 @@ def study(
     first run for a grid that cannot be, and for a folder that is in the way, in use, or of another study.
     """
     cells = expand(recipe)
-    with locked(output) as lock:
+    told = full_disk_told(output, "start the study again: it goes on where it was")
+    with told, locked(output) as lock:
         folders = open_cells(output, recipe, cells, overwrite)
         said = command or shlex.join(["padst", "study", "--output", str(output)])
         try:

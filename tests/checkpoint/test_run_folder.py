@@ -164,3 +164,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_atomically(tmp_path / "log.jsonl", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
     assert (tmp_path / "log.jsonl").read_text() == "old"
+
+
+def test_a_beginning_that_fails_leaves_the_place_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    written: list[int] = []
+
+    def full(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 2:  # the recipe and its folder are on the disk
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        RunFolder(tmp_path / "out").begin("structure: nm\n")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -71,6 +73,15 @@ def test_a_path_that_the_system_refuses_is_one_sentence(capsys: pytest.CaptureFi
         (tmp_path / "file" / "out").mkdir()
     assert left.value.exit_code == 2
     assert f"'{tmp_path / 'file' / 'out'}' cannot be used: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_though_no_file_is_named(capsys: pytest.CaptureFixture[str], code: int) -> None:
+    with pytest.raises(typer.Exit) as left, Common().running():
+        raise OSError(code, os.strerror(code))
+    assert left.value.exit_code == 2
+    said = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}[code]
+    assert capsys.readouterr().err.splitlines() == [f"error: {said}; free some, then start the command again"]
 
 
 def test_a_missing_file_of_its_own_is_no_users_error(tmp_path: Path) -> None:

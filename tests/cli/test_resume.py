@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from padst_cli import quickstart
 from padst_cli.checkpoint.run_folder import RunFolder
@@ -324,6 +326,45 @@ def test_a_stop_before_the_folder_is_begun_leaves_nothing(
     assert result.exit_code == 130
     assert result.output.splitlines() == ["error: interrupted; nothing is left half-written"]
     assert not folder.exists()
+
+
+FULL = "no space left on device for"
+
+
+def test_a_full_disk_says_how_to_go_on_and_leaves_nothing_half_written(
+    padst: Padst, gpt2: Path, train_text: Path, heldout_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def full(_: object, file: IO[bytes]) -> None:
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:  # torch closes its zip file after that, and complains about it
+            raise RuntimeError("enforce fail at inline_container.cc") from None
+
+    monkeypatch.setattr(run, "initialise", lambda *_: {})
+    monkeypatch.setattr(torch, "save", full)
+    again = f"padst sparsify {gpt2} --output {folder} --resume"
+    for command in (arguments(gpt2, train_text, heldout_text, folder), again.split()[1:]):
+        said = padst(*command, "--quiet")
+        assert said.exit_code == 2, said.exception
+        assert said.output.splitlines() == [f"error: {FULL} '{folder}'; free some, then go on with: {again}"]
+        assert [file.name for file in (folder / "state").iterdir()] == ["progress.json"]
+
+
+def test_an_export_onto_a_full_disk_leaves_nothing(
+    padst: Padst, sparsified: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sparsified("diag")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(exporting, "write_model", full)
+    said = padst.error("export", folder, "--output", tmp_path / "packed", "--quiet")
+    assert said == f"error: {FULL} '{tmp_path / 'packed'}'; free some, then start the export again"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_export_leaves_nothing(

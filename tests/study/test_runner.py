@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from padst_cli.checkpoint.writer import write_atomically
 from padst_cli.errors import PadstError
 from padst_cli.events import CellFinished, Event, Message
 from padst_cli.study import StudyRecipe, StudyResult, runner, study
@@ -287,3 +290,27 @@ def test_the_command_of_a_cell(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "cell" / "run"),
     ]
+
+
+@pytest.mark.parametrize("name", ["peak.json", "failure.json", "STUDY.md"])
+def test_a_full_disk_is_one_sentence_and_loses_no_cell(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    bench.fates({CELLS[1]: "bad input"})
+
+    def full(path: Path, content: str) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patched:
+        for module in ("folder", "run"):
+            patched.setattr(f"padst_cli.study.{module}.write_atomically", full)
+        if name == "peak.json":
+            assert [cell.peak_bytes for cell in bench.run().cells] == [None] * 3, "only these figures are lost"
+        else:
+            with pytest.raises(PadstError, match=r"no space left on device for .*; free some, then start"):
+                bench.run()
+    bench.fates({})
+    assert len(bench.run().cells) == 4
+    assert CELLS[0] not in "".join(bench.calls), "it was done"
