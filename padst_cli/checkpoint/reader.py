@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
     """Find a model by local folder or hub id and say what it is; `weights=False` fetches the small files only.
 
     Raises `PadstError` for what is missing, unreachable, not a transformers model, pickle-only, already quantized by
-    something else, or of a kind that padst does not handle (encoder-decoder, audio).
+    something else, or of a kind that padst does not handle (encoder-decoder, audio, text and images together, another
+    head).
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -75,13 +77,13 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
     if weights:
         weight_files(folder, model)
     architecture = _architecture(model, config)
-    task = _task(architecture)
+    modality = _modality(model, config, architecture)
     return Source(
         name=model,
         folder=folder,
         config=config,
-        task=task,
-        modality=_modality(model, config, architecture),
+        task=_task(model, architecture),
+        modality=modality,
         architecture=architecture,
         padst=_padst_format(model, config),
     )
@@ -291,7 +293,8 @@ def _architecture(model: str, config: Any) -> str:
     return names[0]
 
 
-def _task(architecture: str) -> Task:
+def _task(model: str, architecture: str) -> Task:
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
     mappings: tuple[tuple[Task, Any], ...] = (
@@ -302,7 +305,34 @@ def _task(architecture: str) -> Task:
     for task, mapping in mappings:
         if architecture in _flat(mapping.values()):
             return task
+    made = getattr(transformers, architecture)
+    if {"input_ids", "pixel_values"} <= inspect.signature(made.forward).parameters.keys():
+        raise PadstError(
+            f"'{model}' is a {architecture}, which takes text and images together; padst handles models that take one "
+            "of them: save its text or its image tower as a model of its own"
+        )
+    hidden = _gives_hidden_states(made)
+    if hidden is None:
+        hidden = architecture in _flat(auto.MODEL_MAPPING_NAMES.values())
+    if not hidden:
+        raise PadstError(
+            f"'{model}' is a {architecture}, whose head padst does not handle; give a causal or masked language model, "
+            "an image classifier, or an encoder saved without its head"
+        )
     return "encoder"
+
+
+def _gives_hidden_states(made: Any) -> bool | None:
+    """Whether what the class's `forward` says it returns holds the last hidden state; None where it says too little.
+
+    This is what an encoder is trained and measured by, and no table of transformers lists all towers that have it.
+    """
+    try:
+        said = get_type_hints(inspect.unwrap(made.forward)).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+    fields = [one.__dataclass_fields__ for one in get_args(said) or (said,) if hasattr(one, "__dataclass_fields__")]
+    return any("last_hidden_state" in one for one in fields) if fields else None
 
 
 def _flat(values: Any) -> Iterator[str]:
