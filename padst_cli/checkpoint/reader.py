@@ -137,6 +137,7 @@ def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[A
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                trust_remote_code=False,
                 # Told below by name and shape, where transformers points to a table that it has logged.
                 ignore_mismatched_sizes=source.padst is None,
             )
@@ -174,7 +175,7 @@ def load_processor(source: Source) -> Any | None:
         return None
     kind = "image processor" if source.modality == "image" else "tokenizer"
     with _transformers_at_work(f"the {kind} of '{source.name}' cannot be loaded"):
-        return loader.from_pretrained(source.folder, local_files_only=True)
+        return loader.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
 
 
 def plain_config(source: Source) -> Any:
@@ -267,7 +268,8 @@ def _read_config(model: str, folder: Path) -> Any:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise PadstError(f"'{model}': config.json names no model_type, so it is not a transformers model")
     with _transformers_at_work(f"'{model}': transformers cannot read its config of type '{raw['model_type']}'"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Not said, transformers asks on stdout and takes the answer from stdin.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     labels = getattr(config, "label2id", None)
     if labels is not None:
         try:
@@ -395,7 +397,9 @@ def _transformers_at_work(failure: str) -> Iterator[None]:
         except PadstError:
             raise
         except Exception as error:
-            raise PadstError(f"{failure} ({_reason(error)})") from error
+            # What transformers says here advises a flag that would run what anyone may have written.
+            own = "it needs code that comes with it, which padst never runs; give a model that transformers itself has"
+            raise PadstError(f"{failure} ({own if 'trust_remote_code' in str(error) else _reason(error)})") from error
 
 
 class quiet_transformers:

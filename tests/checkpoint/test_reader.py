@@ -106,6 +106,17 @@ def test_what_is_not_a_model(tmp_path, folder):
     refuse(tmp_path, "unheard-of")
 
 
+def no_questions(*_):
+    raise AssertionError("a question was asked")
+
+
+def test_code_that_a_model_brings_along_is_never_run(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", no_questions)
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    change_config(folder, model_type="unheard-of", auto_map={"AutoConfig": "own.Config"})
+    refuse(folder, "'unheard-of' .*code that comes with it, which padst never runs")
+
+
 def test_configs_that_padst_does_not_take(folder):
     change_config(folder, architectures=None)
     refuse(folder, "no architecture")
