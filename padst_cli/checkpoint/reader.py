@@ -75,7 +75,16 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
         folder = _fetch(model, weights=weights, revision=revision)
     config = _read_config(model, folder)
     if weights:
-        weight_files(folder, model)
+        try:
+            weight_files(folder, model)
+        except PadstError:
+            # Without the hub, a download gives what an earlier one left: `plan` leaves the small files alone.
+            if folder is not path and not _hub_answers(model):
+                raise PadstError(
+                    f"the weights of '{model}' are not in the cache, and the hub cannot be reached to fetch them; "
+                    "check the connection"
+                ) from None
+            raise
     architecture = _architecture(model, config)
     modality = _modality(model, config, architecture)
     return Source(
@@ -253,6 +262,16 @@ def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
             f"no folder '{model}', and the hub cannot be reached to fetch {where}; check the spelling or the connection"
         ) from error
     return Path(folder)
+
+
+def _hub_answers(model: str) -> bool:
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(model, timeout=10)
+    except Exception:
+        return False
+    return True
 
 
 def _read_config(model: str, folder: Path) -> Any:

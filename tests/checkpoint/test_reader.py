@@ -291,6 +291,16 @@ def test_the_hub_is_asked_for_safetensors_and_small_files_only(hub, folder):
     assert not any("safetensors" in pattern for pattern in hub.calls[-1][1]["allow_patterns"])
 
 
+def test_a_cache_of_small_files_and_no_hub(hub, folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    hub.answer = folder
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
+    refuse("org/name", "has no weights")
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    refuse("org/name", "are not in the cache, and the hub cannot be reached")
+
+
 def http_error(kind):
     # These need a response of the HTTP library; only their class matters here.
     return kind.__new__(kind)
