@@ -59,12 +59,29 @@ def read_mapping(name_or_path: str, names: Sequence[str], kind: str) -> dict[str
             f"{nearest(name_or_path, list(names))}; the names are {', '.join(names)}"
         )
     try:
-        raw = yaml.safe_load(content)
+        raw = yaml.load(content, Loader=_OnceLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise PadstError(f"{kind} '{name_or_path}' is not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
         raise PadstError(f"{kind} '{name_or_path}' is not a mapping of keys to values")
     return raw
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """As YAML's safe loader, but a key that stands twice in one mapping is an error: the last one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; raises `yaml.YAMLError` for the second of two equal keys."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # A merge (<<) may stand twice, and what it brings may be said anew.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _where(error: Exception) -> str:

@@ -271,7 +271,7 @@ class Recipe(Document):
     @field_validator("allocation", mode="before")
     @classmethod
     def _allocation_form(cls, value: Any) -> Any:
-        if value in ALLOCATIONS:
+        if isinstance(value, str) and value in ALLOCATIONS:
             return value
         table = _allocation_table(_read_allocation(value) if isinstance(value, str) else value)
         if not table:
@@ -393,7 +393,8 @@ def _read_allocation(path: str) -> list[tuple[Any, Any]]:
     return list(read_mapping(path, (), "allocation file").items())
 
 
-def _allocation_table(pairs: Any) -> AllocationTable | None:
+def _allocation_table(value: Any) -> AllocationTable | None:
+    pairs = value.items() if isinstance(value, Mapping) else value
     try:
         table = tuple((str(pattern), float(sparsity)) for pattern, sparsity in pairs)
     except (TypeError, ValueError):

@@ -174,6 +174,8 @@ def test_unknown_name_lists_the_recipes() -> None:
         ("structure: diag\nsparsity: [0.5", "not valid YAML: .* in line 2"),
         ("\x00", "not valid YAML"),
         (b"structure: diag # caf\xe9\n", "not valid YAML"),
+        ("sparsity: 0.5\nstructure: diag\nsparsity: 0.9\n", "the key 'sparsity' stands twice in line 3"),
+        ("training:\n  steps: 5\n  steps: 6\n", "the key 'steps' stands twice in line 3"),
         ("- diag\n- nm\n", "not a mapping"),
         ("", "not a mapping"),
     ],
@@ -185,6 +187,15 @@ def test_broken_files_are_one_sentence(tmp_path: Path, text: str | bytes, words:
         load_recipe(str(path))
     assert "broken.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_allocation_may_be_a_table_in_the_recipe() -> None:
+    recipe = Recipe.from_dict(yaml.safe_load("allocation: {q_proj: 0.5, k_proj: .7}"))
+    assert recipe.allocation == (("q_proj", 0.5), ("k_proj", 0.7))
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.updated({"seed": 1}).allocation == recipe.allocation
+    with pytest.raises(PadstError, match="no table of layer patterns"):
+        Recipe.from_dict({"allocation": {"q_proj": 1.5}})
 
 
 def test_nm_alone_says_the_sparsity() -> None:
@@ -247,7 +258,7 @@ def test_bad_allocation_files(tmp_path: Path, content: bytes, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("allocation", [5, ["a"], [["a", "b"]], {"a": 0.5}])
+@pytest.mark.parametrize("allocation", [5, ["a"], [["a", "b"]], {"a": 1.5}, {}])
 def test_bad_allocation_tables(allocation: object) -> None:
     with pytest.raises(PadstError, match="layer patterns with sparsities"):
         Recipe.from_dict({"allocation": allocation})

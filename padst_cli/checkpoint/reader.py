@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
     """Find a model by local folder or hub id and say what it is; `weights=False` fetches the small files only.
 
     Raises `PadstError` for what is missing, unreachable, not a transformers model, pickle-only, already quantized by
-    something else, or of a kind that padst does not handle (encoder-decoder, audio).
+    something else, or of a kind that padst does not handle (encoder-decoder, audio, text and images together, another
+    head).
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -73,15 +75,24 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
         folder = _fetch(model, weights=weights, revision=revision)
     config = _read_config(model, folder)
     if weights:
-        weight_files(folder, model)
+        try:
+            weight_files(folder, model)
+        except PadstError:
+            # Without the hub, a download gives what an earlier one left: `plan` leaves the small files alone.
+            if folder is not path and not _hub_answers(model):
+                raise PadstError(
+                    f"the weights of '{model}' are not in the cache, and the hub cannot be reached to fetch them; "
+                    "check the connection"
+                ) from None
+            raise
     architecture = _architecture(model, config)
-    task = _task(architecture)
+    modality = _modality(model, config, architecture)
     return Source(
         name=model,
         folder=folder,
         config=config,
-        task=task,
-        modality=_modality(model, config, architecture),
+        task=_task(model, architecture),
+        modality=modality,
         architecture=architecture,
         padst=_padst_format(model, config),
     )
@@ -135,6 +146,7 @@ def from_pretrained(source: Source, dtype: torch.dtype | None = None) -> tuple[A
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                trust_remote_code=False,
                 # Told below by name and shape, where transformers points to a table that it has logged.
                 ignore_mismatched_sizes=source.padst is None,
             )
@@ -172,7 +184,7 @@ def load_processor(source: Source) -> Any | None:
         return None
     kind = "image processor" if source.modality == "image" else "tokenizer"
     with _transformers_at_work(f"the {kind} of '{source.name}' cannot be loaded"):
-        return loader.from_pretrained(source.folder, local_files_only=True)
+        return loader.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
 
 
 def plain_config(source: Source) -> Any:
@@ -252,6 +264,16 @@ def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
     return Path(folder)
 
 
+def _hub_answers(model: str) -> bool:
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(model, timeout=10)
+    except Exception:
+        return False
+    return True
+
+
 def _read_config(model: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -265,7 +287,8 @@ def _read_config(model: str, folder: Path) -> Any:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise PadstError(f"'{model}': config.json names no model_type, so it is not a transformers model")
     with _transformers_at_work(f"'{model}': transformers cannot read its config of type '{raw['model_type']}'"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Not said, transformers asks on stdout and takes the answer from stdin.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     labels = getattr(config, "label2id", None)
     if labels is not None:
         try:
@@ -291,7 +314,8 @@ def _architecture(model: str, config: Any) -> str:
     return names[0]
 
 
-def _task(architecture: str) -> Task:
+def _task(model: str, architecture: str) -> Task:
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
     mappings: tuple[tuple[Task, Any], ...] = (
@@ -302,7 +326,34 @@ def _task(architecture: str) -> Task:
     for task, mapping in mappings:
         if architecture in _flat(mapping.values()):
             return task
+    made = getattr(transformers, architecture)
+    if {"input_ids", "pixel_values"} <= inspect.signature(made.forward).parameters.keys():
+        raise PadstError(
+            f"'{model}' is a {architecture}, which takes text and images together; padst handles models that take one "
+            "of them: save its text or its image tower as a model of its own"
+        )
+    hidden = _gives_hidden_states(made)
+    if hidden is None:
+        hidden = architecture in _flat(auto.MODEL_MAPPING_NAMES.values())
+    if not hidden:
+        raise PadstError(
+            f"'{model}' is a {architecture}, whose head padst does not handle; give a causal or masked language model, "
+            "an image classifier, or an encoder saved without its head"
+        )
     return "encoder"
+
+
+def _gives_hidden_states(made: Any) -> bool | None:
+    """Whether what the class's `forward` says it returns holds the last hidden state; None where it says too little.
+
+    This is what an encoder is trained and measured by, and no table of transformers lists all towers that have it.
+    """
+    try:
+        said = get_type_hints(inspect.unwrap(made.forward)).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+    fields = [one.__dataclass_fields__ for one in get_args(said) or (said,) if hasattr(one, "__dataclass_fields__")]
+    return any("last_hidden_state" in one for one in fields) if fields else None
 
 
 def _flat(values: Any) -> Iterator[str]:
@@ -365,7 +416,9 @@ def _transformers_at_work(failure: str) -> Iterator[None]:
         except PadstError:
             raise
         except Exception as error:
-            raise PadstError(f"{failure} ({_reason(error)})") from error
+            # What transformers says here advises a flag that would run what anyone may have written.
+            own = "it needs code that comes with it, which padst never runs; give a model that transformers itself has"
+            raise PadstError(f"{failure} ({own if 'trust_remote_code' in str(error) else _reason(error)})") from error
 
 
 class quiet_transformers:

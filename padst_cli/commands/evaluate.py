@@ -105,6 +105,8 @@ def _render(console: Console, result: EvaluateResult) -> None:
         rows += [(f"{task} {name}", _figure(value)) for name, value in scores.items()]
     columns = ("", figures["model"], other["model"]) if other else ("", figures["model"])
     console.table(f"{figures['data']} ({figures['split']}, digest {figures['digest'][:12]})", columns, rows)
+    if not result.same_inputs and result.metric_name in ("perplexity", "masked_perplexity"):
+        console.message("the two models read other tokens or contexts: their perplexities a token are not comparable")
 
 
 def _figure(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate.utils import set_seed
@@ -13,12 +13,17 @@ from padst_cli.checkpoint.output import is_no_data
 from padst_cli.checkpoint.reader import Source, load_dense, open_source
 from padst_cli.checkpoint.run_folder import RECIPE
 from padst_cli.data.corpus import ImageCorpus, TextCorpus, default_spec, load_corpus
+from padst_cli.data.items import vocabulary_size
 from padst_cli.errors import PadstError
 from padst_cli.evaluation import EvalResult, check_tasks, evaluate_model, run_tasks
+from padst_cli.evaluation.text import max_positions
 from padst_cli.events import OnEvent, PhaseStarted, ignore
 from padst_cli.recipe import load_recipe
 from padst_cli.runtime.load import Loaded, load
 from padst_cli.runtime.quantizer import kernels_of
+
+_PROBE: Final = "The quick brown fox (aged 37) naïvely said: 'x != 0.5'.\n\n\tIt rained; 2026 was over, wasn't it?"
+"""Tokenizers that cut this alike are taken for the same."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class EvaluateResult:
     other_model: str | None = None
     other: EvalResult | None = None
     tasks: dict[str, Any] | None = None
+    same_inputs: bool = True
+    """Whether the other reads the data as the same tokens or pixels; figures a token are not comparable if not."""
 
     @property
     def ratio(self) -> float | None:
@@ -46,7 +53,8 @@ class EvaluateResult:
         """One flat object: the model's figures, `other` with its figures, their `ratio`, and task scores."""
         merged = {"model": self.model, **asdict(self.figures), "kernels": self.kernels}
         if self.other is not None:
-            merged |= {"other": {"model": self.other_model, **asdict(self.other)}, "ratio": self.ratio}
+            other = {"model": self.other_model, **asdict(self.other)}
+            merged |= {"other": other, "ratio": self.ratio, "same_inputs": self.same_inputs}
         if self.tasks is not None:
             merged["tasks"] = self.tasks
         return merged
@@ -73,8 +81,9 @@ def evaluate(
     """Measure `model` on the held-out split of `data` (WikiText-103 for causal LMs without one).
 
     With `compare` the other model is measured on the same data; if it is the dense one, the divergence from it is
-    filled in. A sparse encoder without a head is compared with its dense base model, which its recipe names. `tasks`
-    are lm-eval tasks. Raises `PadstError` for a list of them that cannot be run before anything is read.
+    filled in, as far as both read the same tokens and give as many outputs. A sparse encoder without a head is compared
+    with its dense base model, which its recipe names. `tasks` are lm-eval tasks. Raises `PadstError` for a list of them
+    that cannot be run before anything is read, and for two models of different tasks.
     """
     if tasks is not None:
         check_tasks(tasks, limit, include_path)
@@ -82,7 +91,8 @@ def evaluate(
     loaded = load(model, device=device, dtype=dtype)
     corpus = _corpus(loaded.source, data)
     second = load(compare, device=device, dtype=dtype) if compare else None
-    reference = _reference(loaded, second)
+    alike = second is None or _alike(loaded, second, metric)
+    reference = _reference(loaded, second) if alike else None
 
     def measure(one: Loaded, against: Any) -> EvalResult:
         on_event(PhaseStarted(f"evaluate {one.source.name}"))
@@ -109,7 +119,8 @@ def evaluate(
         )
     figures = measure(loaded, reference)
     other = measure(second, reference) if second else None
-    return EvaluateResult(model, figures, kernels_of(loaded.model, 1, figures.context or 1), compare, other, scores)
+    kernels = kernels_of(loaded.model, 1, figures.context or 1)
+    return EvaluateResult(model, figures, kernels, compare, other, scores, alike)
 
 
 def _corpus(source: Source, data: str | None) -> TextCorpus | ImageCorpus:
@@ -118,6 +129,35 @@ def _corpus(source: Source, data: str | None) -> TextCorpus | ImageCorpus:
         raise PadstError(f"a model of task {source.task} needs --data: what should it be measured on?")
     labels = getattr(source.config, "label2id", None)
     return load_corpus(spec, split="heldout", modality=source.modality, label2id=labels, leave_out=is_no_data)
+
+
+def _alike(one: Loaded, other: Loaded, metric: str) -> bool:
+    """Whether two models read the data alike and give as many outputs, so that one can be the other's reference.
+
+    Raises `PadstError` where their tasks differ, and where they are not alike and the metric is a distance.
+    """
+    names = f"'{one.source.name}' and '{other.source.name}'"
+    if one.source.task != other.source.task:
+        raise PadstError(
+            f"{names} are models of task {one.source.task} and {other.source.task}; --compare takes one of the same"
+        )
+    alike = _inputs_and_outputs(one) == _inputs_and_outputs(other)
+    if not alike and (one.source.task == "encoder" or metric == "kl_to_dense"):
+        raise PadstError(
+            f"{names} differ in what they read or give (tokens, image size, positions, classes), so the distance "
+            "between them cannot be measured; name the dense model with --compare"
+        )
+    return alike
+
+
+def _inputs_and_outputs(loaded: Loaded) -> tuple[Any, ...]:
+    """What two models must have in common for their outputs to be compared."""
+    config = loaded.source.config
+    if loaded.source.modality == "image":
+        classes = config.num_labels if loaded.source.task == "image-classification" else None
+        return (classes, getattr(config, "image_size", None))
+    ids = None if loaded.processor is None else list(loaded.processor(_PROBE)["input_ids"])
+    return (vocabulary_size(loaded.model), max_positions(loaded.model), ids)
 
 
 def _reference(loaded: Loaded, second: Loaded | None) -> torch.nn.Module | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +93,30 @@ def describe_plan(made: Plan, recipe: Recipe, dtype: torch.dtype) -> PlanResult:
 
 
 def checkpoint_dtype(source: Source) -> torch.dtype:
-    """The dtype that the checkpoint's config names, float32 where it names none."""
+    """The dtype that the checkpoint's config names, else that of most of its stored values; float32 where neither is
+    known.
+    """
     dtype = getattr(source.config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    file = source.folder / "model.safetensors"
+    return (_stored_dtype(file) if file.is_file() else None) or torch.float32
+
+
+def _stored_dtype(file: Path) -> torch.dtype | None:
+    """The dtype of most values in a safetensors file, from its header; None where it is damaged or has another."""
+    from safetensors import SafetensorError, safe_open
+
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    values: Counter[str] = Counter()
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensor = opened.get_slice(name)
+                values[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    except (SafetensorError, OSError):
+        return None
+    return known.get(values.most_common(1)[0][0]) if values else None
 
 
 def default_output(model: str, recipe: Recipe) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -49,14 +50,22 @@ class Cell:
 def expand(study: StudyRecipe) -> list[Cell]:
     """All cells, a whole seed before the next, so that a study that is stopped early has whole comparisons.
 
-    Raises `PadstError` where the recipe of a cell cannot be: its key and the cell are named.
+    Raises `PadstError` where the recipe of a cell cannot be: its key and the cell are named. So are two cells of one
+    name, for the second would be taken for run as soon as the first is.
     """
-    return [
+    cells = [
         _cell(study, model, sparsity, seed, structure, method, changes)
         for seed in study.seeds
         for model in study.models
         for sparsity, structure, method, changes in _places(study, model)
     ]
+    name, count = Counter(cell.name for cell in cells).most_common(1)[0] if cells else ("", 0)
+    if count > 1:
+        raise PadstError(
+            f"{count} cells of the study are called '{name}': its models, methods, seeds, and sparsities to six digits "
+            "must all differ"
+        )
+    return cells
 
 
 def _places(study: StudyRecipe, model: StudyModel) -> Iterator[tuple[float, str, str, Changes]]:

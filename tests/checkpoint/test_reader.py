@@ -66,6 +66,12 @@ def test_a_skeleton_has_no_memory_and_the_same_names(folder):
         ("ViTForImageClassification", transformers.ViTConfig, "image-classification", "image"),
         ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig, "image-classification", "image"),
         ("ViTModel", transformers.ViTConfig, "encoder", "image"),
+        ("CLIPTextModel", transformers.CLIPTextConfig, "encoder", "text"),
+        ("CLIPVisionModel", transformers.CLIPVisionConfig, "encoder", "image"),
+        ("CLIPVisionModelWithProjection", transformers.CLIPVisionConfig, "encoder", "image"),
+        ("SiglipVisionModel", transformers.SiglipVisionConfig, "encoder", "image"),
+        ("RoFormerModel", transformers.RoFormerConfig, "encoder", "text"),
+        ("SegformerModel", transformers.SegformerConfig, "encoder", "image"),
         ("OPTForCausalLM", transformers.OPTConfig, "causal-lm", "text"),
         ("LlamaForCausalLM", transformers.LlamaConfig, "causal-lm", "text"),
     ],
@@ -74,6 +80,12 @@ def test_the_task_follows_the_architecture(tmp_path, architecture, config, task,
     config(architectures=[architecture]).save_pretrained(tmp_path)
     source = open_source(str(tmp_path), weights=False)
     assert (source.task, source.modality) == (task, modality)
+
+
+def test_an_encoder_cut_out_of_an_encoder_decoder_is_an_encoder(tmp_path):
+    config = transformers.T5Config(architectures=["T5EncoderModel"], is_encoder_decoder=False)
+    config.save_pretrained(tmp_path)
+    assert open_source(str(tmp_path), weights=False).task == "encoder"
 
 
 def refuse(model, message, **kwargs):
@@ -92,6 +104,17 @@ def test_what_is_not_a_model(tmp_path, folder):
     refuse(tmp_path, "no model_type")
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     refuse(tmp_path, "unheard-of")
+
+
+def no_questions(*_):
+    raise AssertionError("a question was asked")
+
+
+def test_code_that_a_model_brings_along_is_never_run(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", no_questions)
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    change_config(folder, model_type="unheard-of", auto_map={"AutoConfig": "own.Config"})
+    refuse(folder, "'unheard-of' .*code that comes with it, which padst never runs")
 
 
 def test_configs_that_padst_does_not_take(folder):
@@ -143,6 +166,28 @@ def test_encoder_decoders_and_sound_are_refused(tmp_path):
     refuse(tmp_path / "t5", "encoder-decoder", weights=False)
     transformers.Wav2Vec2Config(architectures=["Wav2Vec2Model"]).save_pretrained(tmp_path / "w")
     refuse(tmp_path / "w", "input_values", weights=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("BertForSequenceClassification", transformers.BertConfig),
+        ("BertForTokenClassification", transformers.BertConfig),
+        ("BertForQuestionAnswering", transformers.BertConfig),
+        ("BertForPreTraining", transformers.BertConfig),
+        ("GPT2ForSequenceClassification", transformers.GPT2Config),
+        ("ViTForMaskedImageModeling", transformers.ViTConfig),
+        ("SegformerForSemanticSegmentation", transformers.SegformerConfig),
+    ],
+)
+def test_other_heads_are_refused(tmp_path, architecture, config):
+    config(architectures=[architecture]).save_pretrained(tmp_path)
+    refuse(tmp_path, f"is a {architecture}, whose head padst does not handle", weights=False)
+
+
+def test_models_of_text_and_images_together_are_refused(tmp_path):
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    refuse(tmp_path, "CLIPModel, which takes text and images together", weights=False)
 
 
 def test_weights_must_be_safetensors(folder):
@@ -244,6 +289,16 @@ def test_the_hub_is_asked_for_safetensors_and_small_files_only(hub, folder):
     (folder / "model.safetensors").unlink()
     assert open_source("gpt2", weights=False).task == "causal-lm"
     assert not any("safetensors" in pattern for pattern in hub.calls[-1][1]["allow_patterns"])
+
+
+def test_a_cache_of_small_files_and_no_hub(hub, folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    hub.answer = folder
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
+    refuse("org/name", "has no weights")
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    refuse("org/name", "are not in the cache, and the hub cannot be reached")
 
 
 def http_error(kind):

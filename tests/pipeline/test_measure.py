@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from padst_cli.errors import PadstError
 from padst_cli.pipeline import evaluate, sparsify
 from padst_cli.recipe import Recipe
 from tests import models
@@ -52,3 +53,21 @@ def test_encoders_are_held_against_the_dense_one_in_either_place(folder: Any, te
     assert first.other is not None
     assert first.other.value > 0
     assert evaluate(sparse, text, compare=sparse, device="cpu").ratio == 1
+
+
+def test_another_vocabulary_leaves_the_divergence_out(folder: Any, text: str, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    models.build("gpt2", vocab_size=310).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    result = evaluate(folder("gpt2"), text, compare=other, device="cpu")
+    found = result.to_json()
+    assert found["kl_to_dense"] is found["other"]["kl_to_dense"] is None
+    assert found["ratio"] > 0
+    assert found["same_inputs"] is False
+    with pytest.raises(PadstError, match="differ in what they read or give"):
+        evaluate(folder("gpt2"), text, compare=other, device="cpu", metric="kl_to_dense")
+
+
+def test_another_task_is_refused(folder: Any, text: str) -> None:
+    with pytest.raises(PadstError, match=r"task causal-lm and encoder; --compare takes one of the same"):
+        evaluate(folder("gpt2"), text, compare=folder("bert"), device="cpu")

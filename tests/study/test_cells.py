@@ -112,3 +112,8 @@ def test_an_impossible_recipe_names_its_cell() -> None:
         expand(grid(recipe={"training": {"step": 3}}))
     with pytest.raises(PadstError, match=r"cell 'one-block-gated-0.8-seed0'.*dynadiag"):
         expand(grid(methods={"gated": {"support.method": "dynadiag"}}))
+
+
+def test_two_cells_of_one_name_are_refused() -> None:
+    with pytest.raises(PadstError, match=r"2 cells of the study are called 'one-.*0.666667.*must all differ"):
+        expand(grid(sparsities=[0.6666666, 0.6666667]))
