@@ -77,14 +77,14 @@ def open_source(model: str, *, weights: bool = True, revision: str | None = None
     if weights:
         try:
             weight_files(folder, model)
-        except PadstError:
+        except PadstError as error:
+            if folder is path:
+                raise
             # Without the hub, a download gives what an earlier one left: `plan` leaves the small files alone.
-            if folder is not path and not _hub_answers(model):
-                raise PadstError(
-                    f"the weights of '{model}' are not in the cache, and the hub cannot be reached to fetch them; "
-                    "check the connection"
-                ) from None
-            raise
+            raise PadstError(
+                f"{error}; where the hub has more, it was not reached and the cache holds a part alone: check the "
+                "connection"
+            ) from None
     architecture = _architecture(model, config)
     modality = _modality(model, config, architecture)
     return Source(
@@ -262,16 +262,6 @@ def _fetch(model: str, *, weights: bool, revision: str | None) -> Path:
             f"no folder '{model}', and the hub cannot be reached to fetch {where}; check the spelling or the connection"
         ) from error
     return Path(folder)
-
-
-def _hub_answers(model: str) -> bool:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.model_info(model, timeout=10)
-    except Exception:
-        return False
-    return True
 
 
 def _read_config(model: str, folder: Path) -> Any:

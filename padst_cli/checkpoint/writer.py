@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from padst_cli.checkpoint.reader import quiet_transformers
 from padst_cli.errors import PadstError
@@ -104,13 +104,14 @@ def empty_folder(folder: Path, last: Sequence[str] = ()) -> None:
             child.unlink()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write one file through a temporary sibling and a rename; text as UTF-8."""
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Write one file through a temporary sibling and a rename: whole once the block ends, or left as it was."""
     _remove_leftovers(path)
     temporary = _sibling(path, "writing")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -118,6 +119,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write one file as `replaced` does; text as UTF-8."""
+    with replaced(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_model(model: Any, folder: Path, *, max_shard_size: str = "5GB") -> None:

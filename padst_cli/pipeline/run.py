@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from padst_cli.checkpoint.lock import at_work, check_idle
 from padst_cli.checkpoint.output import check_apart, check_output
 from padst_cli.checkpoint.reader import load_dense
 from padst_cli.checkpoint.run_folder import RECIPE, RunFolder
+from padst_cli.checkpoint.writer import replaced
 from padst_cli.data.corpus import place_of
 from padst_cli.data.items import collate
 from padst_cli.document import dotted
@@ -414,16 +414,8 @@ def save_starts(path: Path, starts: dict[str, LayerStart]) -> None:
         name: {key: value for key, value in vars(start).items() if key not in ("name", "structure")}
         for name, start in starts.items()
     }
-    unfinished = path.with_suffix(".pt.partial")
-    try:
-        with unfinished.open("wb") as handle:
-            torch.save(raw, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        torch.save(raw, file)
 
 
 @torch.no_grad()

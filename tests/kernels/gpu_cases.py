@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from padst_kernels.gpu.layer import OPERATORS, TritonKernel
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,3 +85,25 @@ def check_gradients(make_case, family, shape, device, tokens=(2, 3), activation=
     expected = torch.autograd.grad(REFERENCE[activation](functional.linear(x, weight, bias)), (x, bias, weight), dy)
     for one, other in zip(found, (*expected[:2], case.values_of(expected[2].cpu()).to(device)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=3e-5 * float(other.abs().max()))
+
+
+def check_transforms(make_case, family, shape, device):
+    """What torch.func's transforms find of a layer that ends in SiLU, and a tangent, against the dense formula."""
+    structure, options = FAMILIES[family]
+    case = make_case(structure, *shape, 0.3, "io", **options)
+    kernel, weight = TritonKernel(on(case, device)), case.weight.to(device)
+    x, bias = torch.randn(3, shape[1], device=device), torch.randn(shape[0], device=device)
+    for find in (
+        torch.func.vmap,
+        lambda of: torch.func.grad(lambda u: of(u).square().sum()),
+        lambda of: torch.func.vmap(torch.func.jacfwd(of)),
+        lambda of: lambda u: torch.func.jvp(of, (u,), (u,))[1],
+        torch.func.functionalize,
+        lambda of: lambda u: of(torch._neg_view(u)),
+    ):
+        found = find(lambda u: kernel(u, bias, "silu"))(x)
+        expected = find(lambda u: functional.silu(functional.linear(u, weight, bias)))(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with forward_ad.dual_level():
+        y = kernel(forward_ad.make_dual(x, 2 * x), bias)
+        close(forward_ad.unpack_dual(y).tangent, weight, 2 * x, None)

@@ -19,7 +19,16 @@ from padst_cli.permutation.apply import random_permutation
 from padst_cli.structures import StructureOptions, structure_class
 from padst_cli.training.permutation import Permutation
 from padst_cli.training.sparse_linear import SparseLinear
-from tests.kernels.gpu_cases import DTYPES, FAMILIES, TOKENS, check_forward, check_gradients, close, on
+from tests.kernels.gpu_cases import (
+    DTYPES,
+    FAMILIES,
+    TOKENS,
+    check_forward,
+    check_gradients,
+    check_transforms,
+    close,
+    on,
+)
 from tests.runtime.test_packed_linear import make
 
 pytestmark = [
@@ -68,6 +77,11 @@ def test_gradients_equal_the_dense_ones(make_case, monkeypatch, family):
             check_gradients(make_case, family, shape, CUDA, tokens, activation)
     monkeypatch.setattr(permute, "WORTH", 0)
     check_gradients(make_case, family, (96, 129), CUDA, (200,), "gelu_tanh")
+
+
+@pytest.mark.parametrize("family", ONE_EACH)
+def test_transforms_and_tangents_pass_through(make_case, family):
+    check_transforms(make_case, family, (100, 70), CUDA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 pytest.importorskip("triton")
 
@@ -38,6 +37,7 @@ if INTERPRETED:
         TOKENS,
         check_forward,
         check_gradients,
+        check_transforms,
         close,
         on,
     )
@@ -126,31 +126,9 @@ if INTERPRETED:
                 x = torch.randn(tokens, shape[1])
                 close(traced(x), case.weight, x, bias)
 
-    def test_transforms_and_tangents_pass_through(make_case):
-        for family, shape in ONE_EACH:
-            structure, options = FAMILIES[family]
-            case = make_case(structure, *shape, 0.3, "io", **options)
-            kernel, weight = layer.TritonKernel(case.layout), case.weight
-            x, bias = torch.randn(3, shape[1]), torch.randn(shape[0])
-
-            def silu(u, of=kernel, b=bias):
-                return of(u, b, "silu")
-
-            def expected(u, w=weight, b=bias):
-                return torch.nn.functional.silu(torch.nn.functional.linear(u, w, b))
-
-            for find in (
-                torch.func.vmap,
-                lambda of: torch.func.grad(lambda u: of(u).square().sum()),
-                lambda of: torch.func.vmap(torch.func.jacfwd(of)),
-                lambda of: lambda u: torch.func.jvp(of, (u,), (u,))[1],
-                torch.func.functionalize,
-                lambda of: lambda u: of(torch._neg_view(u)),
-            ):
-                torch.testing.assert_close(find(silu)(x), find(expected)(x), rtol=1e-4, atol=1e-4)
-            with forward_ad.dual_level():
-                y = kernel(forward_ad.make_dual(x, 2 * x), bias)
-                close(forward_ad.unpack_dual(y).tangent, weight, 2 * x, None)
+    @pytest.mark.parametrize(("family", "shape"), ONE_EACH)
+    def test_transforms_and_tangents_pass_through(make_case, family, shape):
+        check_transforms(make_case, family, shape, CPU)
 
     def test_what_is_not_where_x_is_or_does_not_fit_is_refused(make_case):
         for family, shape in ONE_EACH:
